@@ -1,0 +1,1 @@
+"""nybble: runs Qwen chat models in four bits."""

@@ -1,0 +1,78 @@
+"""What a device must be able to do for the decoder: the contract every kernel set fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nybble.kernels.matrix import QuantMatrix
+
+LinearFn = Callable[[torch.Tensor], torch.Tensor]
+"""(tokens, K) -> (tokens, N): a matrix, packed for one kernel, ready to be multiplied with."""
+
+
+class Backend(Protocol):
+    """The operations of one decoder step. Tokens are flat: (tokens, ...), one row a token."""
+
+    name: str
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x (..., dim), weight (dim,); the mean square in fp32. Zhang and Sennrich 2019."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(tokens, 2 * width), gate first -> silu(gate) * up, (tokens, width)."""
+        ...
+
+    def rope_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        """Rotate q and k (half-split form) and store k and v in the cache from slot `start`.
+
+        q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), possibly views with
+        a row stride; cos and sin fp32 (tokens, head_dim / 2); keys and values (kv_heads, slots,
+        head_dim) of the cache's dtype. Returns the rotated q, contiguous; k is left as it was.
+        """
+        ...
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Causal attention of the last `tokens` of `length` positions over slots 0 .. length-1.
+
+        q (tokens, heads, head_dim) -> (tokens, heads * head_dim). Query i sees the slots up to
+        length - tokens + i. Softmax in fp32.
+        """
+        ...
+
+    def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        """Pack a quantised matrix for the fastest kernel that takes it."""
+        ...
+
+    def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
+        """Pack an unquantised matrix, weight (N, K), bias (N,) or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel was chosen for a matrix, and why the faster ones were refused."""
+
+    kernel: str
+    refused: tuple[str, ...] = ()

@@ -1,0 +1,80 @@
+"""How the next token is chosen: validated once, at construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nybble.errors import RequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling settings of one request.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. Penalties
+    follow the usual definitions: repetition (Keskar et al. 2019, over prompt and output),
+    presence and frequency (OpenAI, over the output). `logprobs` asks for that many alternatives
+    a token (0: only the chosen one's). max_tokens None means: as far as the context goes.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, low, high in _RANGES:
+            _check_range(name, getattr(self, name), low, high)
+        if self.repetition_penalty == 0:
+            raise RequestError("repetition_penalty must be above 0; 1 switches it off.")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise RequestError("stop must be text or a list of non-empty texts.")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0)
+        _check_int("top_k", self.top_k, 0)
+        for name, least in (("max_tokens", 1), ("logprobs", 0), ("seed", 0)):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), least)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(self.stop)
+
+
+_RANGES = (
+    ("temperature", 0.0, math.inf),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, math.inf),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+
+
+def _check_range(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise RequestError(f"{name} is {value!r}: give a finite number, {limits}.")
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise RequestError(f"{name} is {value!r}: give a whole number of at least {least}.")
