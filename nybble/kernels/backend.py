@@ -18,6 +18,9 @@ class Backend(Protocol):
     """The operations of one decoder step. Tokens are flat: (tokens, ...), one row a token."""
 
     name: str
+    device: torch.device
+    dtype: torch.dtype
+    """Of activations, norms and biases: fp32 on the CPU."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x (..., dim), weight (dim,); the mean square in fp32. Zhang and Sennrich 2019."""
@@ -67,6 +70,10 @@ class Backend(Protocol):
 
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         """Pack an unquantised matrix, weight (N, K), bias (N,) or None."""
+        ...
+
+    def head_linear(self, weight: torch.Tensor) -> LinearFn:
+        """The output head, weight (vocab, K): read whole for every token, so worth its own form."""
         ...
 
 

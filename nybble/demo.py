@@ -1,0 +1,50 @@
+"""The embedded default: a small real chat model that comes from the package index, no hub needed.
+
+SmolLM2-135M-Instruct (Apache-2.0, Hugging Face). `demo-base` is the 16-bit import of the GGUF
+file, `demo` its Int4 form; both are ordinary checkpoint folders in the user's cache.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from nybble.checkpoint import SMOLLM2_135M, fetch_wheel_member, import_gguf
+from nybble.config import QuantConfig
+from nybble.gptq.rtn import quantize_folder
+from nybble.paths import cache_dir
+
+Progress = Callable[[str, int, int], None]
+
+NAMES = ("demo", "demo-base")
+# Raised whenever the folders' content changes, so that old caches are not taken for new ones.
+_REVISION = 1
+_QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=True)
+
+
+def demo_folder(name: str, progress: Progress | None = None) -> Path:
+    """The folder of `demo` or `demo-base`, made on first use (93 MB are downloaded)."""
+    base = cache_dir() / "models" / f"demo-base-{_REVISION}"
+    if not base.exists():
+        _import(base, progress)
+    if name == "demo-base":
+        return base
+    folder = base.with_name(f"demo-{_REVISION}")
+    if not folder.exists():
+        quantize_folder(base, folder, _QUANT, _step(progress, "Quantising the demo"))
+    return folder
+
+
+def _import(folder: Path, progress: Progress | None) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        gguf = Path(temporary) / "demo.gguf"
+        fetch_wheel_member(SMOLLM2_135M, gguf, _step(progress, "Downloading the demo"))
+        import_gguf(gguf, folder, _step(progress, "Importing the demo"))
+
+
+def _step(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(what, done, total)

@@ -1,0 +1,260 @@
+"""LLM: a model folder ready to answer. Joins the engine, which knows ids, and the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from nybble.checkpoint import Checkpoint, read_json
+from nybble.config import EngineConfig, JsonReader, ModelConfig, token_ids
+from nybble.engine.engine import Engine
+from nybble.errors import ConfigError, RequestError
+from nybble.kernels import select_backend
+from nybble.model import read_model_config
+from nybble.model.loader import load_decoder
+from nybble.outputs import Completion, TextStream, no_tokenizer
+from nybble.resolve import resolve
+from nybble.sampling import SamplingParams
+from nybble.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+logger = logging.getLogger("nybble")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total)."""
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+History = Sequence[tuple[str, str]]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What the first generation's own software keeps of a history, where its file does not say.
+_MAX_WINDOW = 6144
+
+
+class LLM:
+    """A loaded model.
+
+    model: a folder, "demo", or a hub repository id ("Qwen/Qwen-72B-Chat-Int4"; with the prefix
+    "modelscope:" from ModelScope). device: "auto", "cpu", "cuda". dtype: "auto" takes the
+    fastest kernels; "float32" computes everything exactly as the reference does. max_context
+    bounds prompt and answer together; None takes what the model advertises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        max_context: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        options = EngineConfig(device, dtype, kv_dtype, max_context, threads=threads)
+        self.folder = resolve(model, progress)
+        self.config: ModelConfig = read_model_config(self.folder)
+        self.tokenizer: Tokenizer | None = (
+            load_tokenizer(self.folder) if has_tokenizer(self.folder) else None
+        )
+        self._defaults = _GenerationDefaults.read(self.folder)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.engine = self._load(options, progress)
+        self.default_params = self._defaults.params
+
+    def _load(self, options: EngineConfig, progress: Progress | None) -> Engine:
+        def loading(done: int, total: int) -> None:
+            if progress is not None:
+                progress("Loading", done, total)
+
+        exact = options.dtype == "float32"
+        self.backend = select_backend(_device(options.device), exact=exact)
+        logger.info("Running on %s", self.backend.name)
+        checkpoint = Checkpoint.open(self.folder)
+        dtype = _DTYPES.get(options.dtype)
+        decoder = load_decoder(checkpoint, self.config, self.backend, dtype, loading)
+        kv_dtype = options.kv_dtype
+        if kv_dtype == "auto":
+            kv_dtype = "float32" if exact else "float16"
+        tokenizer = self.tokenizer
+        return Engine(
+            decoder,
+            vocab_size=min(self.config.vocab_size, tokenizer.vocab_size)
+            if tokenizer
+            else self.config.vocab_size,
+            unused_ids=sorted(tokenizer.unused_ids) if tokenizer else (),
+            eos_ids=self._eos_ids(),
+            max_context=options.max_context or self.config.max_context,
+            kv_dtype=_DTYPES[kv_dtype],
+            prefill_chunk=options.prefill_chunk,
+        )
+
+    def _eos_ids(self) -> frozenset[int]:
+        ids = frozenset(self.config.eos_token_ids) | self._defaults.eos_token_ids
+        return ids | self.tokenizer.eos_token_ids if self.tokenizer else ids
+
+    # -- raw prompts -----------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self, prompts: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | None = None,
+    ) -> Completion | list[Completion]:
+        """Continue a text or token ids, as they are: no chat format. A list gives a list."""
+        if isinstance(prompts, str) or _is_ids(prompts):
+            return _drain(self._stream_ids(self.encode(prompts), sampling_params))  # type: ignore[arg-type]
+        return [self.generate(prompt, sampling_params) for prompt in prompts]  # type: ignore[misc, arg-type]
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """fp32 (tokens, vocab): what the model predicts after each token. Any length."""
+        return self.engine.logits(token_ids)
+
+    # -- chats -------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: Messages | str,
+        *,
+        history: History | None = None,
+        system: str | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> Completion:
+        """Answer a user's text, or a list of {"role", "content"} messages.
+
+        history: earlier (user, assistant) pairs; system: None takes the model's own default.
+        Both go with a text only; messages carry theirs inside.
+        """
+        return _drain(
+            self.stream(messages, history=history, system=system, sampling_params=sampling_params)
+        )
+
+    def stream(
+        self,
+        messages: Messages | str | Sequence[int],
+        *,
+        history: History | None = None,
+        system: str | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> TextStream:
+        """`chat`, piece by piece. Token ids are taken as the whole prompt."""
+        ids = self.chat_ids(messages, history=history, system=system)
+        return self._stream_ids(ids, sampling_params)
+
+    def chat_ids(
+        self,
+        messages: Messages | str | Sequence[int],
+        *,
+        history: History | None = None,
+        system: str | None = None,
+    ) -> list[int]:
+        """The prompt's ids for `chat`. No text in it can become a control token."""
+        if _is_ids(messages) and len(messages) > 0:
+            return list(messages)  # type: ignore[arg-type]
+        tokenizer = self._tokenizer()
+        if isinstance(messages, str):
+            if not messages.strip():
+                raise RequestError("The message is empty: write something.")
+            window = self._defaults.max_window_size or self._window()
+            return tokenizer.make_context(messages, history, system, window)
+        if history is not None or system is not None:
+            raise RequestError(
+                "history and system go with a text: put them into the messages, as roles."
+            )
+        return tokenizer.apply_chat(messages)  # type: ignore[arg-type]
+
+    def _window(self) -> int:
+        """How much history to keep: what leaves room to answer."""
+        if self.config.family == "qwen":
+            return _MAX_WINDOW
+        return max(self.engine.max_context * 7 // 8, 1)
+
+    # -- text ----------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a raw prompt, its beginning-of-text token included where the model has one."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        tokenizer = self._tokenizer()
+        if not prompt:
+            raise RequestError("The prompt is empty: give at least one character.")
+        return [*tokenizer.prompt_prefix_ids, *tokenizer.encode(prompt)]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise no_tokenizer()
+        return self.tokenizer
+
+    def _stream_ids(self, ids: list[int], params: SamplingParams | None) -> TextStream:
+        generation = self.engine.generate(ids, params or self.default_params)
+        return TextStream(generation, self.tokenizer)
+
+
+class _GenerationDefaults:
+    """generation_config.json: the sampling that the model's authors recommend."""
+
+    def __init__(self, reader: JsonReader) -> None:
+        sample = reader.boolean("do_sample", False)
+        # Transformers' rule: without do_sample the answer is greedy, whatever else stands there.
+        self.params = SamplingParams(
+            temperature=reader.number("temperature", 1.0) if sample else 0.0,
+            top_p=reader.number("top_p", 1.0) if sample else 1.0,
+            top_k=reader.integer("top_k", 0, least=0) if sample else 0,
+            repetition_penalty=reader.number("repetition_penalty", 1.0),
+            max_tokens=reader.integer("max_new_tokens", None)
+            if "max_new_tokens" in reader
+            else None,
+        )
+        self.eos_token_ids = frozenset(token_ids(reader, "eos_token_id"))
+        self.max_window_size = (
+            reader.integer("max_window_size") if "max_window_size" in reader else None
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> _GenerationDefaults:
+        path = folder / "generation_config.json"
+        data = read_json(path) if path.exists() else {}
+        return cls(JsonReader(data, str(path)))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}: use auto or cpu.") from None
+    if device.type != "cpu":
+        raise ConfigError(f"device {name!r} is not supported by this version: use cpu.")
+    return device
+
+
+def _is_ids(value: object) -> bool:
+    """A sequence of ints (an empty one counts: it is refused later, with a reason)."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        return False
+    return all(isinstance(item, int) for item in value)
+
+
+def _drain(stream: TextStream) -> Completion:
+    for _ in stream:
+        pass
+    return stream.completion

@@ -1,0 +1,104 @@
+"""The decoder of every family: pre-norm attention and SwiGLU blocks over flat tokens.
+
+Nothing here knows how a matrix is stored: a linear is a function (tokens, K) -> (tokens, N).
+What differs between families is a field that is None or a number in ModelConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nybble.cache.store import KVCache
+from nybble.config import ModelConfig
+from nybble.kernels.backend import Backend, LinearFn
+from nybble.model.rope import Positions
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one block. q_norm and k_norm (head_dim,) exist in Qwen3 only."""
+
+    input_norm: torch.Tensor  # (hidden,)
+    qkv_proj: LinearFn  # hidden -> q_size + 2 * kv_size
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o_proj: LinearFn  # q_size -> hidden
+    post_norm: torch.Tensor  # (hidden,)
+    gate_up_proj: LinearFn  # hidden -> 2 * intermediate, gate first
+    down_proj: LinearFn  # intermediate -> hidden
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over the next tokens of one sequence.
+
+    `positions` holds the factors of exactly these tokens; `cache` the keys and values of all
+    tokens before them, and receives theirs.
+    """
+
+    positions: Positions
+    cache: KVCache
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A loaded model. `forward` runs one step and leaves the cache `tokens` longer."""
+
+    config: ModelConfig
+    backend: Backend
+    embed_tokens: torch.Tensor  # (vocab, hidden)
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor  # (hidden,)
+    lm_head: LinearFn  # hidden -> vocab
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, step: Step, last: int | None = 1) -> torch.Tensor:
+        """ids int64 (tokens,) -> logits fp32 (last, vocab); last None: of every token."""
+        x = self.embed(ids)
+        for index in range(len(self.layers)):
+            x = self.block(index, x, step)
+        step.cache.length += len(ids)
+        return self.head(x if last is None else x[-last:])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self.embed_tokens).to(self.norm.dtype)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.backend.rms_norm(x, self.norm, self.config.norm_eps)
+        return self.lm_head(x).float()
+
+    def block(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x (tokens, hidden) -> the same, one block further."""
+        layer, ops, eps = self.layers[index], self.backend, self.config.norm_eps
+        h = ops.rms_norm(x, layer.input_norm, eps)
+        x = x + self.attention(index, h, step)
+        h = ops.rms_norm(x, layer.post_norm, eps)
+        return x + layer.down_proj(ops.silu_mul(layer.gate_up_proj(h)))
+
+    def attention(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
+        layer, config, cache, at = self.layers[index], self.config, step.cache, step.positions
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
+        q, k, v = qkv.split(heads, dim=1)  # (tokens, heads, head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)
+            k = self.backend.rms_norm(k, layer.k_norm, config.norm_eps)
+        keys, values, start = cache.keys[index], cache.values[index], cache.length
+        q = self.backend.rope_store(q, k, v, at.cos, at.sin, keys, values, start)
+        if at.query_scale is not None:
+            q = q * at.query_scale
+        length, scale = start + len(x), config.head_dim**-0.5
+        return layer.o_proj(self.backend.attention(q, keys, values, length, scale))
+
+    @torch.inference_mode()
+    def trace(self, ids: torch.Tensor, step: Step) -> Iterator[tuple[str, torch.Tensor]]:
+        """The hidden states after each part, by name: for finding where a value went wrong."""
+        x = self.embed(ids)
+        yield "the embedding", x
+        for index in range(len(self.layers)):
+            x = self.block(index, x, step)
+            yield f"layer {index}", x
+        yield "the output head", self.head(x)

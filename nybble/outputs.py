@@ -1,0 +1,111 @@
+"""What a request gives back: text, ids and why it ended, whole or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from nybble.engine.engine import Generation, Timing
+from nybble.engine.sampler import TokenLogprob
+from nybble.errors import RequestError
+from nybble.tokenizer import StopMatcher, StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer.
+
+    token_ids: what was generated, without the token that ended it. finish_reason: "stop" (end
+    of turn, stop token or stop string) or "length". logprobs: one a token if they were asked for.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None
+    timing: Timing
+    decoded: str | None
+
+    @property
+    def text(self) -> str:
+        """The answer as text; RequestError where the model folder has no tokenizer."""
+        if self.decoded is None:
+            raise no_tokenizer()
+        return self.decoded
+
+
+class TextStream:
+    """An answer as it comes: iterate for pieces of text, then read `completion`.
+
+    The pieces joined are `completion.text`. Without a tokenizer every piece is empty, one a
+    token. `close` (or leaving the iteration for good) ends the request.
+    """
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer | None) -> None:
+        self.generation = generation
+        self._tokenizer = tokenizer
+        self._decoded = ""
+        self._stopped = False
+        if tokenizer is None and generation.params.stop_texts:
+            raise no_tokenizer()
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the request where it stands; what came so far stays readable."""
+        self._pieces.close()
+        self.generation.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer; RequestError while it is still being generated."""
+        generation = self.generation
+        reason = "stop" if self._stopped else generation.finish_reason
+        if reason is None:
+            raise RequestError("The answer is not finished: iterate the stream to its end first.")
+        wanted = generation.params.logprobs is not None
+        return Completion(
+            prompt_token_ids=generation.prompt_ids,
+            token_ids=generation.token_ids,
+            finish_reason=reason,
+            logprobs=generation.logprobs if wanted else None,
+            timing=generation.timing,
+            decoded=None if self._tokenizer is None else self._decoded,
+        )
+
+    def _run(self) -> Generator[str]:
+        for piece in self._text_pieces():
+            self._decoded += piece
+            yield piece
+
+    def _text_pieces(self) -> Iterator[str]:
+        if self._tokenizer is None:
+            yield from ("" for _ in self.generation)
+            return
+        decoder = StreamDecoder(self._tokenizer, skip_special_tokens=True)
+        matcher = StopMatcher(self.generation.params.stop_texts)
+        for token in self.generation:
+            piece, stop = matcher.push(decoder.push(token))
+            self._stopped = stop is not None
+            if piece:
+                yield piece
+            if self._stopped:
+                self.generation.close()
+                return
+        piece, stop = matcher.push(decoder.finish())
+        rest = "" if stop is not None else matcher.finish()
+        self._stopped = matcher.stop is not None
+        if piece + rest:
+            yield piece + rest
+
+
+def no_tokenizer() -> RequestError:
+    return RequestError(
+        "This model folder has no tokenizer (qwen.tiktoken or tokenizer.json): give and take "
+        "token ids, or add the tokenizer's files to the folder."
+    )

@@ -1,0 +1,40 @@
+"""From the name of a model to a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from nybble import demo
+from nybble.checkpoint import hub
+from nybble.errors import CheckpointError
+
+Progress = Callable[[str, int, int], None]
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MODELSCOPE = "modelscope:"
+
+
+def resolve(
+    model: str | Path, progress: Progress | None = None, revision: str | None = None
+) -> Path:
+    """A folder if there is one of this name, then `demo`, then a hub repository id.
+
+    "modelscope:owner/name" asks ModelScope instead of the Hugging Face hub. `revision` applies
+    to hub repositories. CheckpointError says what the name could have been.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if name in demo.NAMES:
+        return demo.demo_folder(name, progress)
+    if name.startswith(_MODELSCOPE):
+        return hub.pull(name.removeprefix(_MODELSCOPE), revision, source="modelscope")
+    if _REPO_ID.fullmatch(name):
+        return hub.pull(name, revision)
+    raise CheckpointError(
+        f"{name!r} is no folder here and no model name: give a model's folder, demo, or a "
+        "repository id such as Qwen/Qwen-72B-Chat-Int4."
+    )
