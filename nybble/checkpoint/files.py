@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,8 +46,8 @@ def file_errors(path: Path) -> Iterator[None]:
 def require_regular(path: Path) -> None:
     """Refuse a missing file and whatever is not a plain file (a folder, a pipe, a device)."""
     with file_errors(path):
-        path.stat()
-    if not path.is_file():
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is not a plain file: replace it with the model's own file.")
 
 
@@ -65,16 +66,17 @@ def inside(folder: Path, name: str) -> Path:
     Links may point to a file of the same folder, or, in a hub cache (`snapshots/<revision>`),
     to the repository's own `blobs`.
     """
-    if name != Path(name).name or "\\" in name or "\0" in name:
+    plain = name == Path(name).name and name not in ("", "..") and name.isprintable()
+    if not plain or "\\" in name:
         raise CheckpointError(
             f"{folder} names the file {name!r}, which is no plain file name: "
             "such a checkpoint is not to be trusted; download the original again."
         )
     path = folder / name
-    roots = [folder.resolve()]
+    roots = [Path(os.path.realpath(folder))]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parent.parent / "blobs")
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{path} is a link that leaves the model's folder, to {target}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -173,7 +174,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         path = inside(folder, shard)
-        if not path.exists():
+        if not os.path.lexists(path):
             raise CheckpointError(
                 f"{path} is missing, one of the shards that {index.name} names: "
                 "download it, or the whole model again."
