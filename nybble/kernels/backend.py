@@ -14,6 +14,14 @@ LinearFn = Callable[[torch.Tensor], torch.Tensor]
 """(tokens, K) -> (tokens, N): a matrix, packed for one kernel, ready to be multiplied with."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel was chosen for a matrix, and why the faster ones were refused."""
+
+    kernel: str
+    refused: tuple[str, ...] = ()
+
+
 class Backend(Protocol):
     """The operations of one decoder step. Tokens are flat: (tokens, ...), one row a token."""
 
@@ -68,18 +76,17 @@ class Backend(Protocol):
         """Pack a quantised matrix for the fastest kernel that takes it."""
         ...
 
+    def choose(self, matrix: QuantMatrix) -> Choice:
+        """Which kernel quant_linear takes for a matrix of this kind, and why not a faster one."""
+        ...
+
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         """Pack an unquantised matrix, weight (N, K), bias (N,) or None."""
         ...
 
-    def head_linear(self, weight: torch.Tensor) -> LinearFn:
-        """The output head, weight (vocab, K): read whole for every token, so worth its own form."""
+    def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
+        """The output head, weight (vocab, K): read whole for every token, so worth its own form.
+
+        It may be kept in 8 bits where the weights have 16, unless `exact`.
+        """
         ...
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which kernel was chosen for a matrix, and why the faster ones were refused."""
-
-    kernel: str
-    refused: tuple[str, ...] = ()

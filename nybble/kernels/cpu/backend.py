@@ -1,0 +1,265 @@
+"""The CPU backend: checks tensors, allocates results, calls the C functions."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+
+from nybble.errors import CapacityError, ConfigError
+from nybble.kernels.backend import Choice, LinearFn
+from nybble.kernels.cpu import library
+from nybble.kernels.cpu.pack import pack
+from nybble.kernels.matrix import QuantMatrix
+from nybble.kernels.ref import RefBackend, quantize_dense
+from nybble.kernels.table import choose_kernel
+
+DENSE_ROWS = 8  # rows of x up to which reading the 16-bit weights once is what counts
+CHUNK_BYTES = 2**26  # widened weights held at once when a 16-bit matrix meets many rows
+
+
+class CpuBackend(RefBackend):
+    """fp32 activations in and out. What the C code does not take runs as in the reference."""
+
+    name = "cpu"
+
+    def __init__(self, functions: library.Library) -> None:
+        super().__init__()
+        self.functions = functions
+        self.isa = functions.isa
+
+    @classmethod
+    def load(cls, extra: tuple[str, ...] = ()) -> CpuBackend:
+        """Compile on first use, `extra` flags last; compile.BuildError where that fails."""
+        return cls(library.Library.load(extra))
+
+    def choose(self, matrix: QuantMatrix) -> Choice:
+        return choose_kernel(self.name, matrix)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        dim = weight.shape[0]
+        x, weight = _rows(x, dim), _dense(weight)
+        out = torch.empty_like(x)
+        self.functions.rms_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            library.KINDS[weight.dtype],
+            eps,
+            x.numel() // dim,
+            dim,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        width = gate_up.shape[-1] // 2
+        gate_up = _rows(gate_up, 2 * width)
+        rows = gate_up.shape[0]
+        out = torch.empty(rows, width)
+        threads = torch.get_num_threads()
+        self.functions.silu_mul(gate_up.data_ptr(), rows, width, out.data_ptr(), threads)
+        return out
+
+    def rope_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        tokens, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        q, k, v = _heads(q), _heads(k), _heads(v)
+        cos, sin = _rows(cos, dim // 2), _rows(sin, dim // 2)
+        _check_cache(keys, values, (tokens, kv_heads, dim), start + tokens)
+        if k.shape != v.shape or k.shape != (tokens, kv_heads, dim) or cos.shape != sin.shape:
+            raise ConfigError("q, k, v, cos and sin differ in shape: give one row a token each.")
+        if cos.shape[0] != tokens or dim % 2 or start < 0:
+            raise ConfigError("cos and sin need one row a token, and RoPE an even head_dim.")
+        rotated = torch.empty(tokens, heads, dim)
+        arguments = library.Rope(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            rotated.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            keys.stride(0),
+            values.stride(0),
+            tokens,
+            heads,
+            kv_heads,
+            dim,
+            start,
+            library.KINDS[keys.dtype],
+        )
+        self.functions.rope_store(ctypes.addressof(arguments), torch.get_num_threads())
+        return rotated
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: int,
+        scale: float,
+    ) -> torch.Tensor:
+        tokens, heads, dim = q.shape
+        kv_heads = keys.shape[0]
+        _check_cache(keys, values, (tokens, kv_heads, dim), length)
+        if heads % kv_heads or tokens > length:
+            raise ConfigError(
+                f"{tokens} queries of {heads} heads do not fit {kv_heads} K/V heads and "
+                f"{length} keys: heads must be a multiple, and every query needs its own key."
+            )
+        if dim % 16:
+            return super().attention(q, keys, values, length, scale)
+        q = _rows(q, dim)
+        out = torch.empty(tokens, heads * dim)
+        arguments = library.Attention(
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            kv_heads,
+            heads // kv_heads,
+            dim,
+            length,
+            keys.stride(0),
+            values.stride(0),
+            scale,
+            library.KINDS[keys.dtype],
+        )
+        status = self.functions.attention(ctypes.addressof(arguments), torch.get_num_threads())
+        return _checked(out, status)
+
+    def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        if self.choose(matrix).kernel == "ref":
+            return super().quant_linear(matrix, bias)
+        packed = pack(matrix, bias)
+        inputs, outputs = matrix.in_features, matrix.out_features
+        function, address = self.functions.quant_linear, ctypes.addressof(packed.structure)
+
+        def linear(x: torch.Tensor, owner: object = packed) -> torch.Tensor:
+            x = _rows(x, inputs)
+            rows = x.shape[0]
+            out = torch.empty(rows, outputs)
+            threads = torch.get_num_threads()
+            if not rows:
+                return out
+            return _checked(out, function(address, x.data_ptr(), rows, out.data_ptr(), threads))
+
+        return linear
+
+    def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
+        weight = _dense(weight)
+        wide_bias = None if bias is None else bias.detach().float().contiguous()
+        if weight.dtype == torch.float32:
+            return lambda x: F.linear(_rows(x, weight.shape[1]), weight, wide_bias)
+        outputs, inputs = weight.shape
+        structure = library.Dense(
+            weight.data_ptr(),
+            None if wide_bias is None else wide_bias.data_ptr(),
+            inputs,
+            outputs,
+            library.KINDS[weight.dtype],
+        )
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            x = _rows(x, inputs)
+            if x.shape[0] > DENSE_ROWS:
+                return _many_rows(x, weight, wide_bias)
+            out = torch.empty(x.shape[0], outputs)
+            self.functions.dense_linear(
+                ctypes.addressof(structure),
+                x.data_ptr(),
+                x.shape[0],
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return out
+
+        return linear
+
+    def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
+        """16-bit weights in 8 bits per group of 32, which halves the largest read of a step."""
+        if exact or weight.dtype == torch.float32:
+            return self.dense_linear(weight, None)
+        return self.quant_linear(quantize_dense(weight), None)
+
+
+def _many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Weights widened to fp32 piece by piece: exact, and the memory stays bounded."""
+    out = torch.empty(x.shape[0], weight.shape[0])
+    step = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    for first in range(0, weight.shape[0], step):
+        piece = slice(first, first + step)
+        out[:, piece] = x @ weight[piece].float().t()
+    return out if bias is None else out.add_(bias)
+
+
+def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x as the C code reads it: on the CPU, fp32, dense, rows of `width`."""
+    if x.shape[-1] != width or not x.is_cpu:
+        raise ConfigError(
+            f"a tensor of shape {tuple(x.shape)} on {x.device} came where rows of {width} on "
+            "the CPU belong: check the model's config against its weights."
+        )
+    if x.dtype is not torch.float32:
+        x = x.float()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, head_dim), fp32, with dense heads; only the token stride is free."""
+    if x.dtype is torch.float32 and x.is_cpu and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
+        return x
+    return _rows(x, x.shape[2])
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    """A weight of a dtype and layout that the C code reads."""
+    if weight.dtype not in library.KINDS or not weight.is_cpu:
+        raise ConfigError(
+            f"weights in {weight.dtype} on {weight.device} cannot run on the CPU kernels: "
+            "convert them to float32, float16 or bfloat16 on the CPU."
+        )
+    return weight.detach().contiguous()
+
+
+def _check_cache(
+    keys: torch.Tensor, values: torch.Tensor, shape: tuple[int, int, int], length: int
+) -> None:
+    """The cache must hold `length` slots of (kv_heads, head_dim), slots dense within a head."""
+    _, kv_heads, dim = shape
+    for cache in (keys, values):
+        heads, slots, width = cache.shape
+        if heads != kv_heads or width != dim or cache.dtype is not keys.dtype or not cache.is_cpu:
+            raise ConfigError(
+                f"a cache of {tuple(cache.shape)} does not fit {kv_heads} heads of {dim}: "
+                "make keys and values alike, (kv_heads, slots, head_dim), on the CPU."
+            )
+        if slots < length:
+            raise CapacityError(f"{length} tokens do not fit a cache of {slots} slots: enlarge it.")
+        if cache.dtype not in library.KINDS or cache.stride(2) != 1 or cache.stride(1) != dim:
+            raise ConfigError(
+                "the cache must be float32, float16 or bfloat16, with slots side by side."
+            )
+
+
+def _checked(out: torch.Tensor, status: int) -> torch.Tensor:
+    if status != 0:
+        raise CapacityError("the memory ran out: close other programs or shorten the prompt.")
+    return out

@@ -1,0 +1,144 @@
+"""Compile the C sources once with the user's compiler and keep the result."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from nybble.errors import NybbleError
+from nybble.paths import cache_dir
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+# The first set that compiles is used: a compiler may lack OpenMP or not know this CPU.
+ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class BuildError(NybbleError):
+    """The C kernels cannot be built or read on this machine."""
+
+
+def load(extra: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The kernels for this machine: from the cache, or compiled and put there.
+
+    `extra` flags come last, so that they win. Raises BuildError with the compiler's words.
+    """
+    compiler = find_compiler()
+    cached = cache_dir() / "kernels" / f"{_key(compiler, extra)}.so"
+    if _intact(cached):
+        return _open(cached)
+    body = _compile(compiler, extra)
+    data = body + hashlib.sha256(body).digest()  # bytes behind an ELF image are ignored
+    if _write_atomically(cached, data):
+        return _open(cached)
+    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+        path = Path(folder) / cached.name
+        path.write_bytes(data)
+        return _open(path)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(
+            f"the compiled kernels do not load ({error}): set NYBBLE_CACHE to a folder from "
+            "which programs may run."
+        ) from None
+
+
+def find_compiler() -> list[str]:
+    """$CC (which may carry arguments), or the first of cc, gcc, clang that exists."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    for name in names:
+        command = shlex.split(name)
+        path = shutil.which(command[0]) if command else None
+        if path:
+            return [path, *command[1:]]
+    raise BuildError(
+        f"no C compiler ({', '.join(names)}) was found: install one (Debian: apt install gcc) "
+        "or set CC, for kernels several times as fast."
+    )
+
+
+def _key(compiler: list[str], extra: tuple[str, ...]) -> str:
+    """A name that changes with anything that could change the machine code."""
+    binary = Path(compiler[0]).resolve()
+    status = binary.stat()
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(path.read_bytes())
+    facts = (FLAGS, ATTEMPTS, extra, compiler, str(binary), status.st_size, status.st_mtime_ns)
+    digest.update(repr((facts, _processor())).encode())
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Model and instruction sets: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part", "isa")
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def _intact(path: Path) -> bool:
+    """Whether a cached object stands there as it was written; a damaged one could crash dlopen."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    return hashlib.sha256(body).digest() == digest
+
+
+def _compile(compiler: list[str], extra: tuple[str, ...]) -> bytes:
+    sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+    complaints = []
+    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+        target = Path(folder) / "kernels.so"
+        for attempt in ATTEMPTS:
+            command = [*compiler, *FLAGS, *attempt, *extra, *sources, "-o", str(target), "-lm"]
+            complaint = _run(command)
+            if complaint is None and target.is_file():
+                return target.read_bytes()
+            complaints.append(complaint or "it wrote no file")
+    raise BuildError(
+        f"the C compiler {compiler[0]} cannot build the kernels ({complaints[-1]}): "
+        "repair it or set CC to another one, for kernels several times as fast."
+    )
+
+
+def _run(command: list[str]) -> str | None:
+    """None on success, else the last line that the compiler said."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return None if done.returncode == 0 else lines[-1]
+
+
+def _write_atomically(path: Path, data: bytes) -> bool:
+    """Whole or not at all, whoever else writes it now. False where the cache cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-") as file:
+            file.write(data)
+            file.flush()
+            os.link(file.name, file.name + ".so")
+            os.replace(file.name + ".so", path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""The C functions as Python sees them: structures, argument types, element kinds."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nybble.kernels.cpu import compile
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum of simd.h
+
+_long, _int, _float, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("words", "scales", "zeros", "bias", "perm")),
+        *((name, _long) for name in ("inputs", "outputs", "rows", "groups", "blocks_per_group")),
+        ("bits", _int),
+        ("scale_kind", _int),
+    )
+
+
+class Dense(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("weight", "bias")),
+        *((name, _long) for name in ("inputs", "outputs")),
+        ("kind", _int),
+    )
+
+
+class Rope(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("q", "k", "v", "cos", "sin", "rotated", "keys", "values")),
+        *((f"{name}_stride", _long) for name in ("q", "k", "v", "keys", "values")),
+        *((name, _long) for name in ("tokens", "q_heads", "kv_heads", "dim", "start")),
+        ("cache_kind", _int),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("q", "keys", "values", "out")),
+        *((name, _long) for name in ("tokens", "kv_heads", "group", "dim", "length")),
+        *((f"{name}_stride", _long) for name in ("keys", "values")),
+        ("scale", _float),
+        ("cache_kind", _int),
+    )
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "nybble_isa": (ctypes.c_char_p, []),
+    "nybble_quant_linear": (_int, [_pointer, _pointer, _long, _pointer, _int]),
+    "nybble_dense_linear": (None, [_pointer, _pointer, _long, _pointer, _int]),
+    "nybble_rms_norm": (None, [_pointer, _pointer, _int, _float, _long, _long, _pointer, _int]),
+    "nybble_silu_mul": (None, [_pointer, _long, _long, _pointer, _int]),
+    "nybble_rope_store": (None, [_pointer, _int]),
+    "nybble_attention": (_int, [_pointer, _int]),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels. Pointers are not checked here: the backend checks the tensors."""
+
+    isa: str
+    quant_linear: Any
+    dense_linear: Any
+    rms_norm: Any
+    silu_mul: Any
+    rope_store: Any
+    attention: Any
+
+    @classmethod
+    def load(cls, extra: tuple[str, ...] = ()) -> Library:
+        """Raises compile.BuildError where no compiler can make them."""
+        dll = compile.load(extra)
+        functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(dll, name)
+            function.restype, function.argtypes = result, arguments
+            functions[name.removeprefix("nybble_")] = function
+        return cls(isa=functions.pop("isa")().decode(), **functions)

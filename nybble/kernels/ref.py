@@ -1,0 +1,149 @@
+"""The truth in plain torch: every fast kernel is tested against what stands here."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nybble.kernels.backend import Choice, LinearFn
+from nybble.kernels.matrix import QuantMatrix
+
+
+def unpack(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    """GPTQ words int32 (ceil(rows / pack), N) -> codes int32 (rows, N)."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    codes: torch.Tensor = (words.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
+    return codes.flatten(0, 1)[:rows]  # from (words, pack, N)
+
+
+def dequantize(matrix: QuantMatrix) -> torch.Tensor:
+    """W as stored, fp32 (rows, N): row k is that of input perm[k], or k without perm."""
+    rows, bits = matrix.rows, matrix.bits
+    group = torch.arange(rows, device=matrix.device) // matrix.group_size
+    codes = unpack(matrix.words, bits, rows).float()
+    if matrix.zeros is None:
+        codes -= 2 ** (bits - 1)
+    else:
+        codes -= matrix.zeros.float()[group]
+    return codes.mul_(matrix.scales.float()[group])
+
+
+def gather_inputs(x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
+    """x (..., in_features) -> (..., rows) in the order of the stored rows; padding rows see 0."""
+    if matrix.perm is None:
+        return x
+    return F.pad(x, (0, 1)).index_select(-1, matrix.perm)
+
+
+def quantize_dense(weight: torch.Tensor, bits: int = 8, group_size: int = 32) -> QuantMatrix:
+    """Round weight (N, K) to nearest, symmetric: steps of largest magnitude / 127 (4 bits: 7)."""
+    pieces = [_quantize_rows(piece, bits, group_size) for piece in torch.split(weight, 4096)]
+    words, scales = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+    half = scales.to(torch.float16)
+    if torch.equal(half.float(), scales):
+        scales = half
+    return QuantMatrix(bits, group_size, weight.shape[1], words, scales)
+
+
+def _quantize_rows(
+    weight: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = weight.shape
+    zero, groups = 2 ** (bits - 1), -(-k // group_size)
+    padded = F.pad(weight.float(), (0, groups * group_size - k)).view(n, groups, group_size)
+    scales = padded.abs().amax(2, keepdim=True) / (zero - 1)
+    half = scales.to(torch.float16).float()
+    # A scale below fp16's normal range would spoil its row: those stay fp32, and then all do.
+    scales = torch.where((half - scales).abs() <= scales * 2**-11, half, scales)
+    steps = torch.where(scales > 0, scales, 1.0)
+    codes = (padded / steps).round_().clamp_(1 - zero, zero - 1).add_(zero).flatten(1)[:, :k]
+    codes = F.pad(codes.to(torch.int32), (0, -k % (32 // bits)), value=zero)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=weight.device)
+    words = (codes.view(n, -1, 32 // bits) << shifts).sum(2, dtype=torch.int32)
+    return words.t(), scales.squeeze(2).t()
+
+
+class RefBackend:
+    """Every operation in fp32 and in the order of its formula; slow, on any device.
+
+    dtype is that of activations, which every operation returns as it got them.
+    """
+
+    name = "ref"
+
+    def __init__(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+    def choose(self, matrix: QuantMatrix) -> Choice:
+        return Choice("ref")
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight.float()).to(x.dtype)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def rope_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        stop = start + q.shape[0]
+        keys[:, start:stop] = _rotate(k, cos, sin).transpose(0, 1).to(keys.dtype)
+        values[:, start:stop] = v.transpose(0, 1).to(values.dtype)
+        return _rotate(q, cos, sin).to(q.dtype)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: int,
+        scale: float,
+    ) -> torch.Tensor:
+        tokens, heads, _ = q.shape
+        group = heads // keys.shape[0]
+        k = keys[:, :length].float().repeat_interleave(group, 0)  # (heads, length, head_dim)
+        v = values[:, :length].float().repeat_interleave(group, 0)
+        scores = torch.matmul(q.float().transpose(0, 1), k.transpose(1, 2)) * scale
+        slots = torch.arange(length, device=q.device)
+        hidden = slots[None, :] > slots[length - tokens :, None]  # (tokens, length)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.matmul(weights, v).transpose(0, 1).reshape(tokens, -1).to(q.dtype)
+
+    def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        weight = dequantize(matrix)  # (rows, N)
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            out = gather_inputs(x, matrix).float() @ weight
+            return (out if bias is None else out + bias.float()).to(x.dtype)
+
+        return linear
+
+    def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            wide_bias = None if bias is None else bias.float()
+            return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+        return linear
+
+    def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
+        return self.dense_linear(weight, None)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (tokens, heads, head_dim), cos and sin (tokens, head_dim / 2) -> fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
