@@ -138,7 +138,6 @@ class UserText(str):
         return UserText(text, self.marking)
 
 
-
 def map_strings(change: Callable[[str], str], value: Any) -> Any:
     """JSON-like data with `change` applied to every string; anything else is a RequestError."""
     if isinstance(value, str):
