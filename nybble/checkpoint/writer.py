@@ -40,8 +40,8 @@ class CheckpointWriter:
         self, folder: Path, max_shard_bytes: int = 2 * 1024**3, overwrite: bool = False
     ) -> None:
         """overwrite: replace a checkpoint that already stands there (nothing else is)."""
-        self.folder = Path(folder).absolute()
-        self._partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self.folder = Path(os.path.realpath(folder))
+        self._partial = self.folder.parent / f".{self.folder.name}.partial"
         self._max_shard_bytes = max_shard_bytes
         self._overwrite = overwrite
         self._shards: list[_Shard] = []
