@@ -1,0 +1,130 @@
+"""CUDA C++ to machine code by NVRTC, once: the result is kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nybble.errors import ConfigError
+
+_HEADERS = ("fragment.cuh",)
+_DIGEST_BYTES = 32
+
+
+def binding(name: str) -> Any:
+    """A module of NVIDIA's cuda-bindings, imported only where a CUDA kernel is wanted."""
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise ConfigError(
+            f"The CUDA kernels need NVIDIA's Python bindings ({error}): pip install cuda-bindings."
+        ) from error
+
+
+def cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code of the file `source` of this package for one compute capability."""
+    arch = f"sm_{capability[0]}{capability[1]}"
+    options = (f"--gpu-architecture={arch}", "--std=c++17", *_flags(defines))
+    texts = [_text(name) for name in (source, *_HEADERS)]
+    key = hashlib.sha256(repr((texts, options, _version())).encode()).hexdigest()
+    path = _cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
+    cached = _read(path)
+    if cached is not None:
+        return cached
+    code = _compile(source, texts, options)
+    _write(path, code)
+    return code
+
+
+def _flags(defines: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text("utf-8")
+
+
+def _version() -> tuple[int, int]:
+    nvrtc = binding("nvrtc")
+    major, minor = _checked(nvrtc.nvrtcVersion())
+    return int(major), int(minor)
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("NYBBLE_CACHE")
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "nybble") / "kernels"
+
+
+def _read(path: Path) -> bytes | None:
+    """The code in a cache file, or None where there is none or it was damaged."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Other processes may write the same file at the same time: the last complete one stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"Compiled kernels cannot be kept ({error}), so every start compiles them again: "
+            "set NYBBLE_CACHE to a folder that can be written.",
+            stacklevel=2,
+        )
+
+
+def _compile(source: str, texts: list[str], options: tuple[str, ...]) -> bytes:
+    nvrtc = binding("nvrtc")
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            texts[0].encode(),
+            source.encode(),
+            len(_HEADERS),
+            [text.encode() for text in texts[1:]],
+            [name.encode() for name in _HEADERS],
+        )
+    )
+    try:
+        flags = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise ConfigError(_complaint(source, options, _log(program)))
+        code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))  # filled by the next call
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        _checked(nvrtc.nvrtcDestroyProgram(program))
+
+
+def _log(program: Any) -> str:
+    nvrtc = binding("nvrtc")
+    log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
+    return log.rstrip(b"\0 \n").decode("utf-8", "replace")
+
+
+def _complaint(source: str, options: tuple[str, ...], log: str) -> str:
+    return (
+        f"NVRTC could not compile {source} with {' '.join(options)}:\n{log}\n"
+        "Update cuda-bindings and nvidia-cuda-nvrtc to versions that know this GPU."
+    )
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The values of a binding's (status, *values), or an error where the status is not 0."""
+    status, *values = result
+    if int(status) != 0:
+        raise ConfigError(f"NVRTC failed ({status.name}): reinstall nvidia-cuda-nvrtc.")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,88 @@
+// What surrounds the products: dequantise a slab of a matrix for cuBLAS, gather inputs.
+#include "fragment.cuh"
+
+struct DequantizeArgs {
+    const uint4* words;
+    const void* scales;
+    const u16* zeros;
+    u16* dense;  // (outputs of the slab, k), inputs contiguous
+    int first_tile, pieces, groups, group_size, slab_tiles;
+};
+
+// One warp a piece of a tile. Rows are written in matrix order: where gate and up rows share
+// tiles (PAIRED), the slab's gate rows come first, then its up rows.
+extern "C" __global__ void __launch_bounds__(256)
+dequantize(const __grid_constant__ DequantizeArgs a) {
+    const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+    const long unit = blockIdx.x * 8l + threadIdx.x / kLanes;
+    let_next_kernel_start();
+    if (unit >= long(a.slab_tiles) * a.pieces) return;
+    const int local = unit / a.pieces, piece = unit % a.pieces;
+    const long tile = a.first_tile + local;
+    const Weights w = load_weights(a.words, tile * a.pieces + piece, lane);
+
+    u32 low[kSteps * 2], high[kSteps * 2];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        // The four inputs of a step are in one group: groups are multiples of 4.
+        GroupBits bits;
+        const int group = (piece * kPiece + t * 16 + s * 4) / a.group_size;
+        bits.load(a.scales, a.zeros, (tile * a.groups + group) * 8 + g);
+        const Fragment f = unpack(w, s, bits.offset());
+        const Scale scale = widen(bits.scale);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 l = f.reg[2 * i], h = f.reg[2 * i + 1];
+            low[2 * s + i] = pair(to_float(u16(l)) * scale.low, to_float(u16(l >> 16)) * scale.low);
+            high[2 * s + i] = pair(to_float(u16(h)) * scale.high, to_float(u16(h >> 16)) * scale.high);
+        }
+    }
+    wait_for_previous_kernel();  // it may still read the slab that is overwritten here
+    const int row_low = PAIRED ? local * 8 + g : local * 16 + g;
+    const int row_high = PAIRED ? row_low + a.slab_tiles * 8 : row_low + 8;
+    const size_t k = size_t(a.pieces) * kPiece, column = piece * kPiece + t * 16;
+    uint4* to_low = reinterpret_cast<uint4*>(a.dense + row_low * k + column);
+    uint4* to_high = reinterpret_cast<uint4*>(a.dense + row_high * k + column);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        to_low[i] = make_uint4(low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]);
+        to_high[i] = make_uint4(high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]);
+    }
+}
+
+struct GatherArgs {
+    const u16* x;      // (tokens, x_stride)
+    const int* index;  // (k,): which input, or -1 for a zero
+    u16* out;          // (tokens, k)
+    int x_stride, k;
+};
+
+extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ GatherArgs a) {
+    let_next_kernel_start();
+    const int k = blockIdx.x * 256 + threadIdx.x;
+    const int from = k < a.k ? a.index[k] : -1;
+    wait_for_previous_kernel();
+    if (k >= a.k) return;
+    const u16* x = a.x + size_t(blockIdx.y) * a.x_stride;
+    a.out[size_t(blockIdx.y) * a.k + k] = from < 0 ? u16(0) : x[from];
+}
+
+struct SiluArgs {
+    const u16* gate_up;   // (tokens, 2 * width), gate first
+    const u16* residual;  // like y, or null
+    u16* y;               // (tokens, y_stride)
+    int width, columns, y_stride;  // columns: of width, how many y has
+};
+
+extern "C" __global__ void __launch_bounds__(256) silu_mul(const __grid_constant__ SiluArgs a) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int column = blockIdx.x * 256 + threadIdx.x;
+    if (column >= a.columns) return;
+    const u16* row = a.gate_up + size_t(blockIdx.y) * 2 * a.width;
+    const float gate = to_float(row[column]), up = to_float(row[a.width + column]);
+    const size_t at = size_t(blockIdx.y) * a.y_stride + column;
+    float value = gate / (1.f + __expf(-gate)) * up;
+    if (a.residual) value += to_float(a.residual[at]);
+    a.y[at] = from_float(value);
+}

@@ -1,0 +1,247 @@
+"""A quantised matrix on an NVIDIA GPU, multiplied by the kernel that is fastest for the batch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nybble.errors import ConfigError
+from nybble.kernels.cuda.launch import Kernel, kernel
+from nybble.kernels.cuda.packing import PIECE, TILE, PackedMatrix, pack
+from nybble.kernels.cuda.plans import Plan, plan_for
+from nybble.kernels.matrix import QuantMatrix
+
+_THREADS = 256  # of the kernels in dense.cu
+_SCALE_CODES = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
+_SLAB_BYTES = 256 << 20  # of dequantised weights alive at a time; see docs/decisions/003
+
+
+class _GemmArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("tokens", "x_stride", "outputs", "tiles")),
+        *((name, ctypes.c_int) for name in ("chunks", "groups", "chunks_per_group")),
+    )
+
+
+class _DequantizeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "dense")),
+        *((name, ctypes.c_int) for name in ("first_tile", "pieces", "groups")),
+        *((name, ctypes.c_int) for name in ("group_size", "slab_tiles")),
+    )
+
+
+class _GatherArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "index", "out")),
+        *((name, ctypes.c_int) for name in ("x_stride", "k")),
+    )
+
+
+class _SiluArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate_up", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("width", "columns", "y_stride")),
+    )
+
+
+class CudaLinear:
+    """y = x W + bias (+ residual), or silu(gate) * up where the matrix is `paired`.
+
+    x is (tokens, K) of `dtype` (fp16 or bf16), y (tokens, N), or (tokens, N / 2) where paired.
+    Sums are in fp32. `dependent` uses programmatic dependent launch; by default wherever the
+    GPU has it. Calls can be captured in a CUDA graph once one call of that batch size was made.
+    """
+
+    def __init__(
+        self,
+        matrix: QuantMatrix | PackedMatrix,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float16,
+        paired: bool = False,
+        dependent: bool | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ConfigError(f"The CUDA kernels take fp16 and bf16 activations, not {dtype}.")
+        packed = matrix if isinstance(matrix, PackedMatrix) else pack(matrix, paired=paired)
+        self.matrix = packed
+        self.dtype = dtype
+        self.device = packed.words.device
+        self.outputs = packed.out_features // 2 if packed.paired else packed.out_features
+        self._bias = None if bias is None else bias.to(self.device, dtype).contiguous()
+        properties = torch.cuda.get_device_properties(self.device)
+        self._dependent = properties.major >= 9 if dependent is None else dependent
+        self._multiprocessors = properties.multi_processor_count
+        self._plan = plan
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x (tokens, K); residual like the result, added to it in fp32."""
+        self._check(x, residual)
+        tokens = x.shape[0]
+        if tokens == 0:
+            return x.new_empty(0, self.outputs)
+        x = self._prepared(x)
+        plan = self._plan or plan_for(tokens, self.matrix, self._multiprocessors)
+        if plan is None:
+            return self._dense_product(x, residual)
+        return self._packed_product(x, residual, plan)
+
+    def dequantize(self, first_tile: int = 0, tiles: int | None = None) -> torch.Tensor:
+        """Tiles of the matrix as a dense (rows of N, K padded) tensor, rounded to `dtype`.
+
+        Where the matrix is paired, the gate rows of these tiles come first, then the up rows.
+        """
+        m = self.matrix
+        count = m.tiles - first_tile if tiles is None else tiles
+        dense = torch.empty(count * TILE, m.rows, dtype=self.dtype, device=self.device)
+        arguments = _DequantizeArguments(
+            *_pointers(m.words, m.scales, m.zeros, dense),
+            *(first_tile, m.pieces, m.groups, m.group_size, count),
+        )
+        self._launch("dequantize", (-(-count * m.pieces // (_THREADS // 32)), 1), arguments)
+        return dense
+
+    def _check(self, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+        k = self.matrix.in_features
+        if x.dim() != 2 or x.shape[1] != k or x.dtype != self.dtype or x.device != self.device:
+            raise ConfigError(
+                f"This linear takes (tokens, {k}) of {self.dtype} on {self.device}, got "
+                f"{tuple(x.shape)} of {x.dtype} on {x.device}: convert the input."
+            )
+        expected = (x.shape[0], self.outputs)
+        if residual is not None and (
+            tuple(residual.shape) != expected
+            or residual.dtype != x.dtype
+            or residual.device != x.device
+        ):
+            raise ConfigError(
+                f"The residual must be {expected} of {x.dtype} on {x.device}, got "
+                f"{tuple(residual.shape)} of {residual.dtype} on {residual.device}: convert it."
+            )
+
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        """x with its inputs in the matrix's order, padded to whole pieces, rows 16-byte aligned."""
+        if self.matrix.gather is not None:
+            return self._gathered(x, self.matrix.gather)
+        aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+    def _gathered(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        tokens, k = x.shape[0], self.matrix.rows
+        out = torch.empty(tokens, k, dtype=x.dtype, device=x.device)
+        arguments = _GatherArguments(*_pointers(x, index, out), x.stride(0), k)
+        self._launch("gather", (tokens, -(-k // _THREADS)), arguments)
+        return out
+
+    def _packed_product(
+        self, x: torch.Tensor, residual: torch.Tensor | None, plan: Plan
+    ) -> torch.Tensor:
+        m, tokens = self.matrix, x.shape[0]
+        y = torch.empty(tokens, self.outputs, dtype=self.dtype, device=self.device)
+        residual = None if residual is None else residual.contiguous()
+        chunk = plan.pieces * PIECE
+        arguments = _GemmArguments(
+            *_pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
+            *(tokens, x.stride(0), self.outputs, m.tiles),
+            *(m.rows // chunk, m.groups, max(1, m.group_size // chunk)),
+        )
+        run = self._kernel("gemm.cu", "gemm", plan.defines(m))
+        run.launch(plan.grid(tokens, m.tiles), plan.threads, arguments, dependent=self._dependent)
+        return y
+
+    def _dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """For batches that are bound by arithmetic: dequantise a slab, multiply by cuBLAS."""
+        m = self.matrix
+        y = torch.empty(x.shape[0], self.outputs, dtype=self.dtype, device=self.device)
+        columns = TILE // 2 if m.paired else TILE
+        step = max(1, _SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
+        with _sums_in_fp32():
+            for first in range(0, m.tiles, step):
+                count = min(step, m.tiles - first)
+                dense = self.dequantize(first, count)
+                part = slice(first * columns, min((first + count) * columns, self.outputs))
+                added = None if residual is None else residual[:, part]
+                if m.paired:
+                    self._paired_slab(x, dense, first, y[:, part], added)
+                else:
+                    self._plain_slab(x, dense, y[:, part], added, part)
+        return y
+
+    def _plain_slab(
+        self,
+        x: torch.Tensor,
+        dense: torch.Tensor,
+        y: torch.Tensor,
+        residual: torch.Tensor | None,
+        part: slice,
+    ) -> None:
+        weight = dense[: y.shape[1]].t()
+        bias = None if self._bias is None else self._bias[part]
+        if bias is not None:
+            torch.addmm(bias, x, weight, out=y)
+        elif residual is not None:
+            torch.addmm(residual, x, weight, out=y)
+        else:
+            torch.mm(x, weight, out=y)
+        if bias is not None and residual is not None:
+            y += residual
+
+    def _paired_slab(
+        self,
+        x: torch.Tensor,
+        dense: torch.Tensor,
+        first_tile: int,
+        y: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> None:
+        gate_up = torch.mm(x, dense.t())  # (tokens, gate rows then up rows of this slab)
+        width = dense.shape[0] // 2
+        if self._bias is not None:
+            halves = self._bias.view(2, self.outputs)[:, first_tile * 8 : first_tile * 8 + width]
+            gate_up.view(-1, 2, width)[:, :, : halves.shape[1]] += halves
+        residual = None if residual is None else residual.contiguous()
+        arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
+        self._launch("silu_mul", (x.shape[0], -(-y.shape[1] // _THREADS)), arguments)
+
+    def _kernel(self, source: str, name: str, extra: dict[str, int]) -> Kernel:
+        m = self.matrix
+        defines = {
+            "BITS": m.bits,
+            "BF16": int(self.dtype == torch.bfloat16),
+            "SCALE": _SCALE_CODES[m.scales.dtype],
+            "ASYM": int(m.zeros is not None),
+            "PAIRED": int(m.paired),
+            **extra,
+        }
+        return kernel(source, name, tuple(sorted(defines.items())), self.device)
+
+    def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
+        run = self._kernel("dense.cu", name, {})
+        run.launch(grid, _THREADS, arguments, dependent=self._dependent)
+
+
+def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if t is None else t.data_ptr() for t in tensors)
+
+
+@contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """cuBLAS may otherwise add the parts of a split K in fp16, which can overflow."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
