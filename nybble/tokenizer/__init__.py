@@ -1,7 +1,7 @@
 """Text to ids and back, chats to prompts, and text while it is being generated."""
 
 from nybble.tokenizer.base import DEFAULT_SYSTEM, Message, Tokenizer, Turn
-from nybble.tokenizer.loading import load_tokenizer
+from nybble.tokenizer.loading import has_tokenizer, load_tokenizer
 from nybble.tokenizer.stream import StopMatcher, StreamDecoder
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "Turn",
+    "has_tokenizer",
     "load_tokenizer",
 ]

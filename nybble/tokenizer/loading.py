@@ -10,6 +10,8 @@ from typing import Any
 from nybble.errors import CheckpointError
 from nybble.tokenizer.base import Tokenizer
 
+_RANKS = "qwen.tiktoken"
+_BACKEND = "tokenizer.json"
 _NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -19,6 +21,11 @@ _NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` has something to load there; a model runs on ids without it."""
+    return any((Path(folder) / name).is_file() for name in (_RANKS, _BACKEND))
 
 
 def load_tokenizer(folder: Path, extra_vocab_file: Path | None = None) -> Tokenizer:
@@ -33,25 +40,23 @@ def load_tokenizer(folder: Path, extra_vocab_file: Path | None = None) -> Tokeni
     """
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
-    if (folder / "qwen.tiktoken").is_file():
+    if (folder / _RANKS).is_file():
         from nybble.tokenizer.qwen import QwenTokenizer
 
-        return QwenTokenizer(
-            folder / "qwen.tiktoken", extra_vocab_file or _extra_vocab_file(folder, config)
-        )
-    if not (folder / "tokenizer.json").is_file():
+        return QwenTokenizer(folder / _RANKS, extra_vocab_file or _extra_vocab_file(folder, config))
+    if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{folder} has neither qwen.tiktoken nor tokenizer.json: fetch the checkpoint's "
+            f"{folder} has neither {_RANKS} nor {_BACKEND}: fetch the checkpoint's "
             "tokenizer files into it, or work with token ids."
         )
     if extra_vocab_file is not None:
         raise CheckpointError(
-            f"{folder} has no qwen.tiktoken that {extra_vocab_file} could extend: leave it out."
+            f"{folder} has no {_RANKS} that {extra_vocab_file} could extend: leave it out."
         )
     from nybble.tokenizer.fast import JsonTokenizer
 
     return JsonTokenizer(
-        folder / "tokenizer.json", _chat_template(folder, config), _named_tokens(folder, config)
+        folder / _BACKEND, _chat_template(folder, config), _named_tokens(folder, config)
     )
 
 

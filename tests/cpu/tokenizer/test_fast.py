@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from nybble.errors import CheckpointError, RequestError
-from nybble.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from nybble.tokenizer import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer
 from nybble.tokenizer.fast import JsonTokenizer
 
 THINKING = (Path(__file__).parents[2] / "data" / "tokenizer" / "thinking.jinja").read_text()
@@ -373,6 +373,7 @@ def test_where_the_template_comes_from(small_folder, tmp_path):
 
 def test_no_template_is_said_when_one_is_needed(small_folder, tmp_path):
     tokenizer = load_tokenizer(copied(small_folder, tmp_path, None))
+    assert has_tokenizer(tmp_path)
     assert tokenizer.encode("hello")
     with pytest.raises(RequestError, match="no chat template"):
         tokenizer.apply_chat([{"role": "user", "content": "a"}])
@@ -419,6 +420,7 @@ def test_damaged_tokenizers_are_refused(tmp_path, data, says):
 
 
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path):
+    assert not has_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=r"qwen.tiktoken nor tokenizer.json"):
         load_tokenizer(tmp_path)
 
