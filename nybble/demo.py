@@ -23,14 +23,19 @@ _REVISION = 1
 _QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=True)
 
 
+def location(name: str) -> Path:
+    """Where `demo` or `demo-base` stands, or will stand once it was made."""
+    return cache_dir() / "models" / f"{name}-{_REVISION}"
+
+
 def demo_folder(name: str, progress: Progress | None = None) -> Path:
     """The folder of `demo` or `demo-base`, made on first use (93 MB are downloaded)."""
-    base = cache_dir() / "models" / f"demo-base-{_REVISION}"
+    base = location("demo-base")
     if not base.exists():
         _import(base, progress)
     if name == "demo-base":
         return base
-    folder = base.with_name(f"demo-{_REVISION}")
+    folder = location("demo")
     if not folder.exists():
         quantize_folder(base, folder, _QUANT, _step(progress, "Quantising the demo"))
     return folder

@@ -34,7 +34,29 @@ def resolve(
         return hub.pull(name.removeprefix(_MODELSCOPE), revision, source="modelscope")
     if _REPO_ID.fullmatch(name):
         return hub.pull(name, revision)
-    raise CheckpointError(
+    raise _unknown(name)
+
+
+def find(model: str | Path) -> Path:
+    """`resolve` without a download: CheckpointError where the model is not on this machine."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    repo_id = name.removeprefix(_MODELSCOPE)
+    if name in demo.NAMES:
+        found = demo.location(name) if demo.location(name).exists() else None
+    elif _REPO_ID.fullmatch(repo_id):
+        found = hub.cached(repo_id, "huggingface" if repo_id == name else "modelscope")
+    else:
+        raise _unknown(name)
+    if found is None:
+        raise CheckpointError(f"{name} is not on this machine yet: run `nybble pull {name}` first.")
+    return found
+
+
+def _unknown(name: str) -> CheckpointError:
+    return CheckpointError(
         f"{name!r} is no folder here and no model name: give a model's folder, demo, or a "
         "repository id such as Qwen/Qwen-72B-Chat-Int4."
     )

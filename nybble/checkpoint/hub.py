@@ -33,6 +33,29 @@ def pull(repo_id: str, revision: str | None = None, source: Source = "huggingfac
         raise _os_error(repo_id, error) from error
 
 
+def cached(repo_id: str, source: Source = "huggingface") -> Path | None:
+    """The folder of a model that was pulled before, or None; no network is asked."""
+    if source == "modelscope":
+        return _cached_by_modelscope(repo_id)
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
+def _cached_by_modelscope(repo_id: str) -> Path | None:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def _huggingface(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 

@@ -1,0 +1,133 @@
+"""The commands and their options. What they do is imported when one of them runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from nybble.cli import console
+from nybble.cli.errors import CommandGroup, report_bug
+from nybble.cli.options import SAMPLING_DEFAULTS, Model, Running, Sampling, expand_options
+
+app = typer.Typer(
+    cls=CommandGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the command `nybble`."""
+    sys.excepthook = report_bug
+    console.use_utf8()
+    typer.main.get_command(app)(prog_name="nybble")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from nybble import __version__
+
+        typer.echo(f"nybble {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nybble(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Run Qwen chat models in four bits, at the speed of the machine's memory."""
+    if debug:
+        sys.excepthook = sys.__excepthook__
+
+
+@app.command(epilog=SAMPLING_DEFAULTS)
+@expand_options
+def chat(
+    model: Model = "demo",
+    prompt: Annotated[
+        str | None, typer.Argument(help="Answer this and exit; - reads it from stdin.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print answers and errors only.")
+    ] = False,
+    *,
+    sampling: Sampling,
+    running: Running,
+) -> None:
+    """Chat with a model: one answer, or a session that /help explains."""
+    from nybble.cli.chat import run
+
+    run(model, prompt, system, sampling, running, quiet)
+
+
+@app.command(epilog=SAMPLING_DEFAULTS)
+@expand_options
+def generate(
+    model: Model = "demo",
+    prompt: Annotated[
+        str, typer.Argument(help="The text to continue; - reads it from stdin.")
+    ] = "-",
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Take and print token ids instead of text.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object when it is finished.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the text and errors only.")
+    ] = False,
+    *,
+    sampling: Sampling,
+    running: Running,
+) -> None:
+    """Continue a text as it is, without any chat format."""
+    from nybble.cli.generate import Output, run
+
+    run(model, prompt, sampling, running, Output(ids, as_json, quiet))
+
+
+@app.command()
+def pull(
+    model: Model,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of a hub repository.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="huggingface or modelscope.")] = "huggingface",
+) -> None:
+    """Download a model, and print the folder it stands in."""
+    from nybble.cli.loading import pull_folder
+
+    typer.echo(pull_folder(model, revision, source))
+
+
+@app.command()
+def info(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what a model is, and whether it fits here."""
+    from nybble.cli.info import run
+
+    run(model, as_json)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what runs here and what is missing."""
+    from nybble.cli.doctor import run
+
+    run(as_json)

@@ -1,0 +1,56 @@
+"""From a model's name on the command line to a loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nybble.cli import console
+from nybble.cli.options import Running
+from nybble.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nybble.llm import LLM
+
+_SOURCES = ("huggingface", "modelscope")
+
+
+def load(model: str, running: Running, quiet: bool) -> LLM:
+    """Load a model with a progress bar, then say on stderr what runs."""
+    from nybble.llm import LLM
+
+    with console.ProgressBar() as progress:
+        llm = LLM(
+            model,
+            device=running.device,
+            dtype=running.dtype,
+            kv_dtype=running.kv_dtype,
+            max_context=running.max_context,
+            threads=running.threads,
+            progress=progress,
+        )
+    if not quiet:
+        console.note(_what_runs(model, llm))
+    return llm
+
+
+def _what_runs(model: str, llm: LLM) -> str:
+    import torch
+
+    quant = llm.config.quant
+    weights = f"{quant.bits}-bit" if quant else "16-bit"
+    return (
+        f"{model} ({llm.config.family}, {weights}), kernels {llm.backend.name}, "
+        f"{torch.get_num_threads()} threads, context {llm.engine.max_context}"
+    )
+
+
+def pull_folder(model: str, revision: str | None, source: str) -> Path:
+    """The folder of a model, downloaded if it is not here yet."""
+    if source not in _SOURCES:
+        raise ConfigError(f"--source is {source!r}: choose {' or '.join(_SOURCES)}.")
+    from nybble.resolve import resolve
+
+    name = f"modelscope:{model}" if source == "modelscope" else model
+    with console.ProgressBar() as progress:
+        return resolve(name, progress, revision).absolute()

@@ -1,0 +1,37 @@
+"""How fast an answer came, in one line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.engine.engine import Timing
+
+
+def speed_line(timing: Timing) -> str:
+    """Tokens and tokens/s of the answer and of the prompt, seconds to the first token."""
+    parts = [f"{timing.new_tokens} tokens"]
+    if timing.decode_seconds:
+        parts.append(f"{timing.decode_rate:.1f} tokens/s")
+    prompt = f"prompt {timing.prompt_tokens} tokens"
+    if timing.reused_tokens:
+        prompt += f", {timing.reused_tokens} of them cached"
+    parts.append(prompt)
+    if rate := prefill_rate(timing):
+        parts.append(f"{rate:.0f} tokens/s")
+    parts.append(f"first token after {timing.prefill_seconds:.2f} s")
+    return " · ".join(parts)
+
+
+def prefill_rate(timing: Timing) -> float:
+    """Prompt tokens a second, those that came from the cache not counted."""
+    fed = timing.prompt_tokens - timing.reused_tokens
+    return fed / timing.prefill_seconds if timing.prefill_seconds else 0.0
+
+
+def timing_json(timing: Timing) -> dict[str, Any]:
+    return asdict(timing) | {
+        "decode_tokens_per_second": timing.decode_rate,
+        "prefill_tokens_per_second": prefill_rate(timing),
+    }
