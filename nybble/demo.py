@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 NAMES = ("demo", "demo-base")
 # Raised whenever the folders' content changes, so that old caches are not taken for new ones.
 _REVISION = 1
-_QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=True)
+_QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=False)
 
 
 def location(name: str) -> Path:

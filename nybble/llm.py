@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 
@@ -106,23 +106,25 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: Prompt, sampling_params: SamplingParams | None = None
+        self, prompts: str | list[int], sampling_params: SamplingParams | None = None
     ) -> Completion: ...
 
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
+        self, prompts: list[str] | list[list[int]], sampling_params: SamplingParams | None = None
     ) -> list[Completion]: ...
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: str | list[int] | list[str] | list[list[int]],
         sampling_params: SamplingParams | None = None,
     ) -> Completion | list[Completion]:
         """Continue a text or token ids, as they are: no chat format. A list gives a list."""
         if isinstance(prompts, str) or _is_ids(prompts):
-            return _drain(self._stream_ids(self.encode(prompts), sampling_params))  # type: ignore[arg-type]
-        return [self.generate(prompt, sampling_params) for prompt in prompts]  # type: ignore[misc, arg-type]
+            return _drain(self._stream_ids(self.encode(prompts), sampling_params))
+        many = cast("list[str] | list[list[int]]", prompts)
+        streams = [self._stream_ids(self.encode(prompt), sampling_params) for prompt in many]
+        return [_drain(stream) for stream in streams]
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """fp32 (tokens, vocab): what the model predicts after each token. Any length."""
@@ -168,7 +170,7 @@ class LLM:
     ) -> list[int]:
         """The prompt's ids for `chat`. No text in it can become a control token."""
         if _is_ids(messages) and len(messages) > 0:
-            return list(messages)  # type: ignore[arg-type]
+            return list(messages)
         tokenizer = self._tokenizer()
         if isinstance(messages, str):
             if not messages.strip():
@@ -179,7 +181,7 @@ class LLM:
             raise RequestError(
                 "history and system go with a text: put them into the messages, as roles."
             )
-        return tokenizer.apply_chat(messages)  # type: ignore[arg-type]
+        return tokenizer.apply_chat(cast(Messages, messages))
 
     def _window(self) -> int:
         """How much history to keep: what leaves room to answer."""
@@ -224,9 +226,7 @@ class _GenerationDefaults:
             else None,
         )
         self.eos_token_ids = frozenset(token_ids(reader, "eos_token_id"))
-        self.max_window_size = (
-            reader.integer("max_window_size") if "max_window_size" in reader else None
-        )
+        self.max_window_size = reader.optional_integer("max_window_size")
 
     @classmethod
     def read(cls, folder: Path) -> _GenerationDefaults:
@@ -247,7 +247,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _is_ids(value: object) -> bool:
+def _is_ids(value: object) -> TypeGuard[Sequence[int]]:
     """A sequence of ints (an empty one counts: it is refused later, with a reason)."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         return False

@@ -143,7 +143,7 @@ class Engine:
         sequence = self._take_sequence(ids)
         timing = generation.timing
         timing.prompt_tokens, timing.reused_tokens = len(ids), sequence.cache.length
-        sampler = Sampler(params, ids, self.vocab_size, self.device)
+        sampler = Sampler(params, ids, self.vocab_size, self.device, self.unused_ids)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
         room = self.max_context - len(ids)
         budget = min(params.max_tokens or room, room)
@@ -155,8 +155,6 @@ class Engine:
                 for logits in self._prefill(sequence, pending):
                     row = logits[-1]
                 self._check_finite(row, sequence.ids)
-                if self.unused_ids:
-                    row[self.unused_ids] = -torch.inf
                 token = sampler.choose(row)
                 self._clock(timing, time.perf_counter() - begin)
                 if token in stop_ids:

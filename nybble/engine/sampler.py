@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,16 @@ class Sampler:
     """The sampling state of one request: its penalties' counts and its random generator."""
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: list[int], vocab_size: int, device: torch.device
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        vocab_size: int,
+        device: torch.device,
+        unused_ids: Sequence[int] = (),
     ) -> None:
         self.params = params
         self.vocab_size = vocab_size
+        self._unused = torch.tensor(unused_ids, device=device) if unused_ids else None
         self.generator = torch.Generator(device)
         if params.seed is None:
             self.generator.seed()
@@ -47,8 +54,8 @@ class Sampler:
             self._seen[prompt[prompt < vocab_size]] = True
 
     def choose(self, logits: torch.Tensor) -> int:
-        """logits fp32 (padded vocab,) -> the token id; ids beyond the vocabulary never win."""
-        logits = logits[: self.vocab_size]
+        """logits fp32 (padded vocab,) -> the token id; padding and unused ids never win."""
+        logits = self._real(logits)
         if self._penalised:
             logits = self._penalise(logits)
         token = int(logits.argmax()) if self.params.greedy else self._draw(logits)
@@ -59,11 +66,16 @@ class Sampler:
 
     def logprob(self, logits: torch.Tensor, token: int) -> TokenLogprob:
         """The chosen token's log-probability and `params.logprobs` alternatives."""
-        logprobs = torch.log_softmax(logits[: self.vocab_size], dim=-1)
+        logprobs = torch.log_softmax(self._real(logits), dim=-1)
         count = min(self.params.logprobs or 0, self.vocab_size)
         values, ids = logprobs.topk(count)
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenLogprob(token, float(logprobs[token]), top)
+
+    def _real(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the real vocabulary: without padding, with its gaps out of reach."""
+        logits = logits[: self.vocab_size]
+        return logits if self._unused is None else logits.index_fill(0, self._unused, -torch.inf)
 
     def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
         params, seen = self.params, self._seen

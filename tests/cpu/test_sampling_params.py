@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nybble.errors import RequestError
+from nybble.sampling import SamplingParams
+
+BAD = [
+    {"temperature": -0.1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"temperature": "hot"},
+    {"top_p": 1.5},
+    {"top_p": -0.5},
+    {"min_p": math.nan},
+    {"top_k": -1},
+    {"top_k": 2.5},
+    {"repetition_penalty": 0},
+    {"repetition_penalty": -1},
+    {"presence_penalty": 3},
+    {"frequency_penalty": math.inf},
+    {"max_tokens": 0},
+    {"max_tokens": True},
+    {"seed": -1},
+    {"seed": 2**64},
+    {"logprobs": -1},
+    {"stop": ""},
+    {"stop": ["a", ""]},
+    {"stop_token_ids": [-1]},
+]
+
+
+@pytest.mark.parametrize("values", BAD, ids=str)
+def test_bad_values_are_refused_by_name(values):
+    with pytest.raises(RequestError, match=next(iter(values))):
+        SamplingParams(**values)
+
+
+def test_stop_may_be_one_text():
+    assert SamplingParams(stop="END").stop_texts == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop_texts == ("a", "b")
