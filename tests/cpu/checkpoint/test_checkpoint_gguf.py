@@ -30,8 +30,7 @@ def tokenizer() -> Tokenizer:
     """A byte-level BPE as its authors would train it: the independent truth."""
     result = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    result.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    result.pre_tokenizer = byte_level
     result.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
@@ -40,6 +39,9 @@ def tokenizer() -> Tokenizer:
         show_progress=False,
     )
     result.train_from_iterator(TEXTS * 5, trainer)
+    assert result.token_to_id("19")  # a merge that the splitting into digits must prevent
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    result.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     return result
 
 
@@ -199,6 +201,18 @@ def test_the_imported_tokenizer_is_the_trained_one(
     assert imported.decode(ids, skip_special_tokens=False) == tokenizer.decode(
         ids, skip_special_tokens=False
     )
+
+
+def test_tokens_that_a_user_added_are_whole_but_not_special(
+    tmp_path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer
+) -> None:
+    values, added = fields(tokenizer), tokenizer.token_to_id("19")
+    values["tokenizer.ggml.token_type"][added] = 4
+    import_gguf(write_gguf(tmp_path / "t.gguf", values, gguf_tensors(model)), tmp_path / "out")
+    imported = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    ids = imported.encode("1984<|im_end|>").ids
+    assert ids[0] == added
+    assert imported.decode(ids, skip_special_tokens=True) == "1984"
 
 
 def test_special_tokens_and_template_reach_transformers(folder: Path) -> None:

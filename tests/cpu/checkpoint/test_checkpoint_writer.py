@@ -140,18 +140,21 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     assert "a" in Checkpoint.open(tmp_path / "model")
 
 
+@pytest.mark.parametrize("a_third_begins", [False, True])
 def test_a_lock_on_a_folder_that_has_been_renamed_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a_third_begins: bool
 ) -> None:
     """The other writer finishes between our opening of its folder and our lock on it."""
 
     def finish_other(*_: object) -> None:
         (tmp_path / ".model.partial").rename(tmp_path / "model")
+        if a_third_begins:
+            (tmp_path / ".model.partial").mkdir()
 
     monkeypatch.setattr(writer.fcntl, "flock", finish_other)
     with pytest.raises(CheckpointError, match="Another process"):
         CheckpointWriter(tmp_path / "model").__enter__()
-    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model").is_dir()
 
 
 def fail(number: int) -> None:
