@@ -21,6 +21,9 @@ class Choice:
     kernel: str
     refused: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return "\n".join((self.kernel, *(f"  not {reason}" for reason in self.refused)))
+
 
 class Backend(Protocol):
     """The operations of one decoder step. Tokens are flat: (tokens, ...), one row a token."""

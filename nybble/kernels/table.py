@@ -128,9 +128,11 @@ def choose_backend(
         if prefer not in (None, candidate.name):
             continue
         try:
-            return candidate.make(device), Choice(candidate.name, tuple(refused))
+            backend = candidate.make(device)
         except NybbleError as error:
             refused.append(f"{candidate.name}: {error}")
+            continue
+        return backend, Choice(backend.name, tuple(refused))
     raise ConfigError("; ".join(refused) or f"nybble has no kernels for {device.type}: use cpu.")
 
 

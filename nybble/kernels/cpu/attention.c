@@ -85,16 +85,22 @@ INLINE void transpose16(f32x16 *r) {
     SWAP_STEP(8, LOW8, HIGH8)
 }
 
+/* 16 keys x 16 of their elements, transposed; `count` is a constant 16 but in the last block. */
+INLINE void load_square(float *kt, const void *keys, long first, long count, long dim, int kind) {
+    f32x16 rows[16];
+    for (int i = 0; i < LANES; i++)
+        rows[i] = i < count ? load_kind(keys, first + i * dim, kind) : splat(0.0f);
+    transpose16(rows);
+    for (int i = 0; i < LANES; i++) store_f32(kt + i * KEYS, rows[i]);
+}
+
 /* Keys [0, count) of a block, transposed: kt[d][key]; missing keys are 0. */
 INLINE void load_keys(float *kt, const void *keys, long first, long count, long dim, int kind) {
-    for (long d = 0; d < dim; d += LANES)
-        for (long j = 0; j < KEYS; j += LANES) {
-            f32x16 rows[16];
-            for (long i = 0; i < LANES; i++)
-                rows[i] = j + i < count ? load_kind(keys, first + (j + i) * dim + d, kind)
-                                        : splat(0.0f);
-            transpose16(rows);
-            for (long i = 0; i < LANES; i++) store_f32(kt + (d + i) * KEYS + j, rows[i]);
+    for (long j = 0; j < KEYS; j += LANES)
+        for (long d = 0; d < dim; d += LANES) {
+            float *square = kt + d * KEYS + j;
+            if (count - j >= LANES) load_square(square, keys, first + j * dim + d, LANES, dim, kind);
+            else load_square(square, keys, first + j * dim + d, count - j, dim, kind);
         }
 }
 
@@ -103,8 +109,18 @@ INLINE void load_values(float *v, const void *values, long first, long count, lo
         store_f32(v + i, load_kind(values, first + i, kind));
 }
 
+/* The block after this one, asked for while this one is worked on: a long cache is not in L3. */
+INLINE void prefetch_block(const void *p, long first, long count, long dim, int kind) {
+    const char *next = (const char *)p + (first + KEYS * dim) * kind_size(kind);
+    for (long i = 0; i < count * dim * kind_size(kind); i += 64) __builtin_prefetch(next + i);
+}
+
 /* Keys and values of one block into fp32; the kind is a constant in each branch. */
 static void load_block(const Attention *a, long head, long start, long count, Scratch *s) {
+    const long ahead = min_l(KEYS, a->length - start - KEYS);
+    prefetch_block(a->keys, head * a->keys_stride + start * a->dim, ahead, a->dim, a->cache_kind);
+    prefetch_block(a->values, head * a->values_stride + start * a->dim, ahead, a->dim,
+                   a->cache_kind);
 #define LOAD_BOTH(kind)                                                                     \
     load_keys(s->keys, a->keys, head * a->keys_stride + start * a->dim, count, a->dim, kind); \
     load_values(s->values, a->values, head * a->values_stride + start * a->dim, count, a->dim, kind)
@@ -295,10 +311,10 @@ static int attend_split(const Attention *a, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Scratch s = scratch_at(memory + thread_number() * size, rows, a->dim);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (long i = 0; i < items; i++) {
-            const Item item = {i % a->kv_heads, 0, a->tokens};
-            const long start = i / a->kv_heads * SEGMENT;
+            const Item item = {i / segments, 0, a->tokens};
+            const long start = i % segments * SEGMENT;
             load_queries(a, item, &s);
             s.segment = state_at(states + i * state, rows);
             attend_segment(a, item, start, min_l(start + SEGMENT, a->length), &s);
@@ -308,8 +324,9 @@ static int attend_split(const Attention *a, int threads) {
             const Item item = {i / rows, 0, a->tokens};
             clear_state(s.total, rows, a->dim);
             for (long j = 0; j < segments; j++)
-                merge_row(s.total, i % rows, state_at(states + (j * a->kv_heads + item.head) * state, rows),
-                          i % rows, a->dim);
+                merge_row(s.total, i % rows,
+                          state_at(states + (item.head * segments + j) * state, rows), i % rows,
+                          a->dim);
             store_row(a, item, s.total, i % rows);
         }
     }

@@ -22,12 +22,10 @@ CHUNK_BYTES = 2**26  # widened weights held at once when a 16-bit matrix meets m
 class CpuBackend(RefBackend):
     """fp32 activations in and out. What the C code does not take runs as in the reference."""
 
-    name = "cpu"
-
     def __init__(self, functions: library.Library) -> None:
         super().__init__()
         self.functions = functions
-        self.isa = functions.isa
+        self.name = f"cpu ({functions.isa})"
 
     @classmethod
     def load(cls, extra: tuple[str, ...] = ()) -> CpuBackend:
@@ -35,7 +33,7 @@ class CpuBackend(RefBackend):
         return cls(library.Library.load(extra))
 
     def choose(self, matrix: QuantMatrix) -> Choice:
-        return choose_kernel(self.name, matrix)
+        return choose_kernel("cpu", matrix)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         dim = weight.shape[0]

@@ -1,0 +1,88 @@
+"""`python -m nybble.kernels.bench`: the CPU kernels on the demo's shapes, beside the memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from nybble.kernels import choose_backend
+from nybble.kernels.backend import Backend, LinearFn
+from nybble.kernels.matrix import QuantMatrix
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
+GROUP_SIZE, REPEATS = 32, 9
+SHAPES = (  # (K, N) of one layer
+    (HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+    (HEADS * HEAD_DIM, HIDDEN),
+    (HIDDEN, 2 * WIDTH),
+    (WIDTH, HIDDEN),
+)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The median of several runs, after one to warm up."""
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def read_bandwidth() -> float:
+    """GB/s of summing 512 MB: more than any cache holds."""
+    data = torch.ones(2**27)
+    return data.numel() * 4 / seconds(data.sum) / 1e9
+
+
+def random_matrix(inputs: int, outputs: int, bits: int = 4) -> QuantMatrix:
+    words = torch.randint(-(2**31), 2**31, (inputs * bits // 32, outputs), dtype=torch.int64)
+    scales = torch.rand(inputs // GROUP_SIZE, outputs).to(torch.float16)
+    return QuantMatrix(bits, GROUP_SIZE, inputs, words.to(torch.int32), scales)
+
+
+def report_products(backend: Backend) -> None:
+    """All matrices of a token, layer after layer: the weights come from memory, as in a step."""
+    matrices = [random_matrix(*shape) for _ in range(LAYERS) for shape in SHAPES]
+    head = random_matrix(HIDDEN, VOCAB, bits=8)
+    linears = [backend.quant_linear(matrix, None) for matrix in matrices]
+    size = sum(matrix.nbytes for matrix in matrices) + head.nbytes
+    last = backend.quant_linear(head, None)
+    work = 2 * sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    for tokens in (1, 2, 4, 8, 64, 512):
+        inputs = [torch.randn(tokens, matrix.in_features) for matrix in matrices]
+        taken = seconds(lambda xs=inputs: run_all(linears, xs, last))  # type: ignore[misc]
+        print(
+            f"products, {tokens:3} tokens {taken * 1e3:8.2f} ms {tokens / taken:7.0f} tokens/s "
+            f"{size / taken / 1e9:6.1f} GB/s {tokens * work / taken / 1e9:6.0f} GOP/s"
+        )
+
+
+def run_all(linears: list[LinearFn], inputs: list[torch.Tensor], last: LinearFn) -> None:
+    for linear, x in zip(linears, inputs, strict=True):
+        linear(x)
+    last(inputs[0][-1:])
+
+
+def report_attention(backend: Backend) -> None:
+    keys, values = torch.randn(2, KV_HEADS, 2048, HEAD_DIM).to(torch.float16)
+    for tokens, length in ((1, 128), (1, 512), (1, 2048), (512, 512), (2048, 2048)):
+        q = torch.randn(tokens, HEADS, HEAD_DIM)
+        taken = seconds(lambda q=q, n=length: backend.attention(q, keys, values, n, 0.125))  # type: ignore[misc]
+        print(f"attention, {tokens:4} queries over {length:4} keys {taken * 1e6:9.0f} us a layer")
+
+
+def main() -> None:
+    backend, choice = choose_backend("cpu")
+    print(f"{choice.kernel} kernels, {torch.get_num_threads()} threads", *choice.refused, sep="\n")
+    print(f"read bandwidth {read_bandwidth():.1f} GB/s")
+    report_products(backend)
+    report_attention(backend)
+
+
+if __name__ == "__main__":
+    main()
