@@ -13,7 +13,7 @@ from typing import Any
 
 from nybble.errors import ConfigError
 
-_HEADERS = ("fragment.cuh",)
+_HEADERS = ("fragment.cuh", "wgmma.cuh")
 _DIGEST_BYTES = 32
 
 
@@ -29,7 +29,8 @@ def binding(name: str) -> Any:
 
 def cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
     """Machine code of the file `source` of this package for one compute capability."""
-    arch = f"sm_{capability[0]}{capability[1]}"
+    # "a": with Hopper's own instructions (wgmma), which no other GPU has.
+    arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] == 9 else ''}"
     options = (f"--gpu-architecture={arch}", "--std=c++17", *_flags(defines))
     texts = [_text(name) for name in (source, *_HEADERS)]
     key = hashlib.sha256(repr((texts, options, _version())).encode()).hexdigest()

@@ -1,12 +1,15 @@
 // What surrounds the products: dequantise a slab of a matrix for cuBLAS, gather inputs.
 #include "fragment.cuh"
 
+constexpr int kGroups = GROUP ? kPiece / GROUP : 1;  // groups in a piece
+
 struct DequantizeArgs {
     const uint4* words;
     const void* scales;
     const u16* zeros;
     u16* dense;  // (outputs of the slab, k), inputs contiguous
-    int first_tile, pieces, groups, group_size, slab_tiles;
+    int first_tile, pieces, groups, slab_tiles;
+    u32 pieces_per_group;  // as its inverse, for divide()
 };
 
 // One warp a piece of a tile. Rows are written in matrix order: where gate and up rows share
@@ -21,15 +24,18 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     const long tile = a.first_tile + local;
     const Weights w = load_weights(a.words, tile * a.pieces + piece, lane);
 
+    GroupBits bits[kGroups];
+    const int group = GROUP ? piece * kGroups : divide(piece, a.pieces_per_group);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i)
+        bits[i].load(a.scales, a.zeros, (tile * a.groups + group + i) * 8 + g);
+
     u32 low[kSteps * 2], high[kSteps * 2];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-        // The four inputs of a step are in one group: groups are multiples of 4.
-        GroupBits bits;
-        const int group = (piece * kPiece + t * 16 + s * 4) / a.group_size;
-        bits.load(a.scales, a.zeros, (tile * a.groups + group) * 8 + g);
-        const Fragment f = unpack(w, s, bits.offset());
-        const Scale scale = widen(bits.scale);
+        const GroupBits& of = bits[s * kGroups / kSteps];
+        const Fragment f = unpack(w, s, of.offset());
+        const Scale scale = widen(of.scale);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const u32 l = f.reg[2 * i], h = f.reg[2 * i + 1];
@@ -40,16 +46,19 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     wait_for_previous_kernel();  // it may still read the slab that is overwritten here
     const int row_low = PAIRED ? local * 8 + g : local * 16 + g;
     const int row_high = PAIRED ? row_low + a.slab_tiles * 8 : row_low + 8;
-    const size_t k = size_t(a.pieces) * kPiece, column = piece * kPiece + t * 16;
-    uint4* to_low = reinterpret_cast<uint4*>(a.dense + row_low * k + column);
-    uint4* to_high = reinterpret_cast<uint4*>(a.dense + row_high * k + column);
+    const size_t k = size_t(a.pieces) * kPiece;
+    u16* to = a.dense + piece * kPiece;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        to_low[i] = make_uint4(low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]);
-        to_high[i] = make_uint4(high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]);
+        u16* column = to + input_of(t, 2 * i);
+        *reinterpret_cast<uint4*>(column + row_low * k) =
+            make_uint4(low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]);
+        *reinterpret_cast<uint4*>(column + row_high * k) =
+            make_uint4(high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]);
     }
 }
 
+// Grids of these two: (tokens, blocks of 256 columns).
 struct GatherArgs {
     const u16* x;      // (tokens, x_stride)
     const int* index;  // (k,): which input, or -1 for a zero
@@ -59,12 +68,12 @@ struct GatherArgs {
 
 extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ GatherArgs a) {
     let_next_kernel_start();
-    const int k = blockIdx.x * 256 + threadIdx.x;
+    const int k = blockIdx.y * 256 + threadIdx.x;
     const int from = k < a.k ? a.index[k] : -1;
     wait_for_previous_kernel();
     if (k >= a.k) return;
-    const u16* x = a.x + size_t(blockIdx.y) * a.x_stride;
-    a.out[size_t(blockIdx.y) * a.k + k] = from < 0 ? u16(0) : x[from];
+    const u16* x = a.x + size_t(blockIdx.x) * a.x_stride;
+    a.out[size_t(blockIdx.x) * a.k + k] = from < 0 ? u16(0) : x[from];
 }
 
 struct SiluArgs {
@@ -77,11 +86,11 @@ struct SiluArgs {
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const __grid_constant__ SiluArgs a) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int column = blockIdx.x * 256 + threadIdx.x;
+    const int column = blockIdx.y * 256 + threadIdx.x;
     if (column >= a.columns) return;
-    const u16* row = a.gate_up + size_t(blockIdx.y) * 2 * a.width;
+    const u16* row = a.gate_up + size_t(blockIdx.x) * 2 * a.width;
     const float gate = to_float(row[column]), up = to_float(row[a.width + column]);
-    const size_t at = size_t(blockIdx.y) * a.y_stride + column;
+    const size_t at = size_t(blockIdx.x) * a.y_stride + column;
     float value = gate / (1.f + __expf(-gate)) * up;
     if (a.residual) value += to_float(a.residual[at]);
     a.y[at] = from_float(value);

@@ -4,19 +4,24 @@
 // 32 fp32, ASYM 0|1, GROUP 32|64|128 or 0 (a multiple of a chunk, known at run time only).
 //
 // Lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 of a 16-row tile and, of each piece
-// of 64 inputs, k = 16 t + 4 s + {0, 1, 2, 3} in step s: its activations are 32 bytes in a row.
+// of 64 inputs, k = 32 (s / 2) + 8 t + 4 (s % 2) + {0, 1, 2, 3} in step s: two steps take 16 bytes
+// of activations in a row, and four lanes 64. Steps 2 i and 2 i + 1 stay inside a group of 32.
 #pragma once
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-constexpr int kPiece = 64;                  // inputs that one lane's 32 activation bytes belong to
+constexpr int kPiece = 64;                  // inputs of a tile that a warp loads at once
 constexpr int kSteps = 4;                   // k16 products of a piece
 constexpr int kVectors = BITS / 4;          // 16-byte loads of a lane for a piece
 constexpr int kLanes = 32;
 
 struct Weights { uint4 vector[kVectors]; };  // one piece of one tile, one lane's part
 struct Fragment { u32 reg[4]; };             // (g, k01), (g + 8, k01), (g, k23), (g + 8, k23)
+
+__device__ __forceinline__ int input_of(int t, int step) {
+    return 32 * (step / 2) + 8 * t + 4 * (step % 2);
+}
 
 // ---- memory --------------------------------------------------------------------------------
 
@@ -168,6 +173,11 @@ __device__ __forceinline__ Fragment unpack(const Weights& w, int step, Offset z)
     }
 #endif
     return f;
+}
+
+// n / d for n < 2^31 / d, where inverse = 2^31 / d + 1: the group of a chunk, without a division.
+__device__ __forceinline__ int divide(int n, u32 inverse) {
+    return int((unsigned long long)n * inverse >> 31);
 }
 
 // One group's scale and zero point of rows g and g + 8: index = (tile * groups + group) * 8 + g.

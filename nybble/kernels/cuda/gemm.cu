@@ -20,7 +20,8 @@ struct Args {
     const u16* bias;       // (outputs,) or null
     const u16* residual;   // like y, or null
     u16* y;                // (tokens, outputs)
-    int tokens, x_stride, outputs, tiles, chunks, groups, chunks_per_group;
+    int tokens, x_stride, outputs, tiles, chunks, groups;
+    u32 chunks_per_group;  // as its inverse, for divide()
 };
 
 struct Stage {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_stage(Stage& s, const Args& a, int tile, in
         for (int p = 0; p < PIECES; ++p)
             s.weights[r][p] =
                 load_weights(a.words, (row * a.chunks + chunk) * PIECES + p, lane);
-        const int first = GROUP ? chunk * kGroups : chunk / a.chunks_per_group;
+        const int first = GROUP ? chunk * kGroups : divide(chunk, a.chunks_per_group);
 #pragma unroll
         for (int i = 0; i < kGroups; ++i)
             s.groups[r][i].load(a.scales, a.zeros, (row * a.groups + first + i) * 8 + lane / 4);
@@ -64,7 +65,7 @@ __device__ __forceinline__ void load_inputs(Inputs& in, const u16* const (&x)[CO
             const uint4* from =
                 reinterpret_cast<const uint4*>(x[c] + size_t(chunk) * kChunk + p * kPiece);
             in.half[c][p][0] = from[0];
-            in.half[c][p][1] = from[1];
+            in.half[c][p][1] = from[4];
         }
 }
 
@@ -150,7 +151,7 @@ gemm(const __grid_constant__ Args a) {
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
         x[c] = a.x + size_t(min(token0 + c * 8 + lane / 4, a.tokens - 1)) * a.x_stride +
-               lane % 4 * 16;
+               input_of(lane % 4, 0);
 
     float sum[TILES][COLUMNS][4] = {};
 #if STAGE_INPUTS

@@ -15,7 +15,9 @@ from nybble.kernels.cuda.compiler import binding, cubin
 class Kernel:
     """One kernel of one device. Its single argument is a structure, passed by value."""
 
-    def __init__(self, source: str, name: str, defines: tuple[tuple[str, int], ...]) -> None:
+    def __init__(
+        self, source: str, name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int
+    ) -> None:
         driver = binding("driver")
         torch.cuda.current_stream().synchronize()  # makes torch's context current
         code = cubin(source, dict(defines), torch.cuda.get_device_capability())
@@ -23,6 +25,9 @@ class Kernel:
         handle = _checked(driver.cuLibraryGetKernel(self._library, name.encode()))
         # Loads the code now: a first launch may stand inside a graph capture, where it cannot.
         self._function = _checked(driver.cuKernelGetFunction(handle))
+        self._shared_bytes = shared_bytes
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
         self._driver = driver
 
     def launch(
@@ -39,7 +44,7 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = 0
+        config.sharedMemBytes = self._shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         attributes = [_programmatic(driver)] if dependent else []
         config.attrs, config.numAttrs = attributes, len(attributes)
@@ -48,17 +53,26 @@ class Kernel:
 
 
 def kernel(
-    source: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device
+    source: str,
+    name: str,
+    defines: tuple[tuple[str, int], ...],
+    device: torch.device,
+    shared_bytes: int = 0,
 ) -> Kernel:
-    """The kernel for this device, compiled and loaded at the first call."""
+    """The kernel for this device, compiled and loaded at the first call.
+
+    shared_bytes: of shared memory that the launch brings, beyond what the source declares.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _loaded(source, name, defines, index)
+    return _loaded(source, name, defines, index, shared_bytes)
 
 
 @cache
-def _loaded(source: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> Kernel:
+def _loaded(
+    source: str, name: str, defines: tuple[tuple[str, int], ...], index: int, shared_bytes: int
+) -> Kernel:
     with torch.cuda.device(index):
-        return Kernel(source, name, defines)
+        return Kernel(source, name, defines, shared_bytes)
 
 
 @cache

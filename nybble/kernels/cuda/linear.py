@@ -11,7 +11,7 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels.cuda.launch import Kernel, kernel
 from nybble.kernels.cuda.packing import PIECE, TILE, PackedMatrix, pack
-from nybble.kernels.cuda.plans import Plan, plan_for
+from nybble.kernels.cuda.plans import Plan, group_define, inverse, plan_for
 from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
@@ -24,15 +24,16 @@ class _GemmArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros")),
         *((name, ctypes.c_void_p) for name in ("x", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("tokens", "x_stride", "outputs", "tiles")),
-        *((name, ctypes.c_int) for name in ("chunks", "groups", "chunks_per_group")),
+        *((name, ctypes.c_int) for name in ("chunks", "groups")),
+        ("chunks_per_group", ctypes.c_uint),
     )
 
 
 class _DequantizeArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "dense")),
-        *((name, ctypes.c_int) for name in ("first_tile", "pieces", "groups")),
-        *((name, ctypes.c_int) for name in ("group_size", "slab_tiles")),
+        *((name, ctypes.c_int) for name in ("first_tile", "pieces", "groups", "slab_tiles")),
+        ("pieces_per_group", ctypes.c_uint),
     )
 
 
@@ -103,7 +104,7 @@ class CudaLinear:
         dense = torch.empty(count * TILE, m.rows, dtype=self.dtype, device=self.device)
         arguments = _DequantizeArguments(
             *_pointers(m.words, m.scales, m.zeros, dense),
-            *(first_tile, m.pieces, m.groups, m.group_size, count),
+            *(first_tile, m.pieces, m.groups, count, inverse(max(1, m.group_size // PIECE))),
         )
         self._launch("dequantize", (-(-count * m.pieces // (_THREADS // 32)), 1), arguments)
         return dense
@@ -151,9 +152,10 @@ class CudaLinear:
         arguments = _GemmArguments(
             *_pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
             *(tokens, x.stride(0), self.outputs, m.tiles),
-            *(m.rows // chunk, m.groups, max(1, m.group_size // chunk)),
+            *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
         )
-        run = self._kernel("gemm.cu", "gemm", plan.defines(m))
+        defines = {**plan.defines(), "GROUP": group_define(m, plan.pieces)}
+        run = self._kernel(f"{plan.name}.cu", plan.name, defines, plan.shared_bytes)
         run.launch(plan.grid(tokens, m.tiles), plan.threads, arguments, dependent=self._dependent)
         return y
 
@@ -211,7 +213,9 @@ class CudaLinear:
         arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
         self._launch("silu_mul", (x.shape[0], -(-y.shape[1] // _THREADS)), arguments)
 
-    def _kernel(self, source: str, name: str, extra: dict[str, int]) -> Kernel:
+    def _kernel(
+        self, source: str, name: str, extra: dict[str, int], shared_bytes: int = 0
+    ) -> Kernel:
         m = self.matrix
         defines = {
             "BITS": m.bits,
@@ -221,10 +225,10 @@ class CudaLinear:
             "PAIRED": int(m.paired),
             **extra,
         }
-        return kernel(source, name, tuple(sorted(defines.items())), self.device)
+        return kernel(source, name, tuple(sorted(defines.items())), self.device, shared_bytes)
 
     def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
-        run = self._kernel("dense.cu", name, {})
+        run = self._kernel("dense.cu", name, {"GROUP": group_define(self.matrix, 1)})
         run.launch(grid, _THREADS, arguments, dependent=self._dependent)
 
 

@@ -1,10 +1,10 @@
 """The order in which quantised weights lie in GPU memory: that of mma.m16n8k16 registers.
 
 A tile is 16 outputs, a piece 64 inputs of it. Lane (g, t) of a warp, g < 8 and t < 4, owns the
-outputs g and g + 8 and the inputs 16 t .. 16 t + 15 of a piece, four (a quad) per k16 step. A
-quad of both outputs is one 32-bit word at 4 bits, two at 8; four words in a row are one lane's
-16-byte load. Both halves of a register hold neighbouring inputs, so a word's nibbles stand in
-the order (output g or g + 8, input): (g,0) (g+8,0) (g,2) (g+8,2) (g,1) (g+8,1) (g,3) (g+8,3).
+outputs g and g + 8 and the inputs 8 t .. 8 t + 7 of either half of a piece, four (a quad) per k16
+step. A quad of both outputs is one 32-bit word at 4 bits, two at 8; four words in a row are one
+lane's 16-byte load. Both halves of a register hold neighbouring inputs, so a word's nibbles stand
+in the order (output g or g + 8, input): (g,0) (g+8,0) (g,2) (g+8,2) (g,1) (g+8,1) (g,3) (g+8,3).
 """
 
 from __future__ import annotations
@@ -142,11 +142,12 @@ def _reorder(words: torch.Tensor, bits: int, pieces: int) -> torch.Tensor:
     else:
         spread = (halves & 0x00FF) | ((halves & 0xFF00) << 8)
         joined = spread[..., 0, :] | (spread[..., 1, :] << 8)
-    vectors, tiles = bits // 4, words.shape[1]
-    # k runs as (piece, t, vector, word of the vector): see the module's text.
-    quads = joined.view(pieces, 4, vectors, 4, tiles, 8)
-    lanes = quads.permute(4, 0, 2, 5, 1, 3).contiguous()
-    return lanes.view(tiles, pieces, vectors, 32, 4)
+    tiles = words.shape[1]
+    quads = joined.view(pieces, 2, 4, bits // 2, tiles, 8)  # k runs as (piece, half, t, words)
+    # 4 bits, both halves in a vector: (tiles, pieces, g, t, half, words).
+    # 8 bits, a vector for each half: (tiles, pieces, half, g, t, words).
+    order = (4, 0, 5, 2, 1, 3) if bits == 4 else (4, 0, 1, 5, 2, 3)
+    return quads.permute(order).reshape(tiles, pieces, bits // 4, 32, 4)
 
 
 def _gather_index(matrix: QuantMatrix, rows: int) -> torch.Tensor | None:

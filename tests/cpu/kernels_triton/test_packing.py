@@ -30,7 +30,8 @@ def read_back(packed: PackedMatrix) -> np.ndarray:
             for place, (upper, k) in enumerate(NIBBLES if packed.bits == 4 else BYTES):
                 word, shift = divmod(place * packed.bits, 32)
                 value = (quad[:, :, word] >> shift) & (2**packed.bits - 1)  # (tiles, pieces)
-                codes[16 * t + 4 * step + k :: 64, g + 8 * upper :: 16] = value.T
+                first = 32 * (step // 2) + 8 * t + 4 * (step % 2) + k
+                codes[first::64, g + 8 * upper :: 16] = value.T
     return codes
 
 
