@@ -58,6 +58,30 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     }
 }
 
+// x in the order in which wgmma looks for it: of each half of a piece, the 16-byte chunk of step s
+// and pair c holds the inputs 2 c, 2 c + 1 of that step from the lanes t = 0 .. 3. Inputs of a row
+// are contiguous. One thread a half. Grid: (tokens, blocks of 256 halves).
+struct ArrangeArgs {
+    const u16* x;  // (tokens, x_stride)
+    u16* out;      // (tokens, 32 * halves)
+    int x_stride, halves;
+};
+
+extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant__ ArrangeArgs a) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int half = blockIdx.y * 256 + threadIdx.x;
+    if (half >= a.halves) return;
+    const size_t token = blockIdx.x;
+    const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.x_stride) + half * 4;
+    uint4* out = reinterpret_cast<uint4*>(a.out + token * 32 * a.halves) + half * 4;
+    const uint4 v[4] = {x[0], x[1], x[2], x[3]};
+    out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
+    out[1] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+    out[2] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
+    out[3] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+}
+
 // Grids of these two: (tokens, blocks of 256 columns).
 struct GatherArgs {
     const u16* x;      // (tokens, x_stride)

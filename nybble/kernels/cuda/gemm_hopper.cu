@@ -3,22 +3,23 @@
 //
 // A block owns WARPGROUPS * 64 outputs and TOKENS tokens. K is split over the SPLIT blocks of a
 // cluster, which add up through one another's shared memory. While a piece of 64 inputs is
-// multiplied, the next is unpacked and the weights of DEPTH (even) pieces are on their way.
+// multiplied, the next is unpacked, the weights of DEPTH (even) pieces are on their way to registers
+// and the tokens of BUFFERS - 2 pieces to shared memory.
 #include "wgmma.cuh"
 
 constexpr int kThreads = WARPGROUPS * 128;
 constexpr int kTiles = WARPGROUPS * 4;
 constexpr int kGroups = GROUP ? kPiece / GROUP : 1;
-constexpr int kBuffers = 3;  // pieces of tokens: multiplied, about to be, and being written
-constexpr int kBufferBytes = TOKENS * kRowBytes;
-constexpr int kVectorsOfX = kBufferBytes / 16 / kThreads;  // 16-byte loads of a thread for a piece
+constexpr int kBufferBytes = TOKENS * kRowBytes;      // a piece of the tokens; BUFFERS of them
+constexpr int kAhead = BUFFERS - 2;                   // pieces of the tokens that are on their way
+constexpr int kVectorsOfX = (TOKENS * 8 + kThreads - 1) / kThreads;  // a thread's, of a piece
 constexpr int kSumRow = kTiles * 16 + 4;  // floats: rows of different tokens meet other banks
 
 struct Args {  // as in gemm.cu
     const uint4* words;
     const void* scales;
     const u16* zeros;
-    const u16* x;
+    const u16* x;  // arranged: see arrange() in dense.cu
     const u16* bias;
     const u16* residual;
     u16* y;
@@ -61,33 +62,31 @@ __device__ __forceinline__ void unpack_scaled(Fragment (&f)[kSteps], const Stage
     }
 }
 
-// The tokens' part of a piece on its way to shared memory. Vector v of a piece, counted token by
-// token, holds 8 inputs: a quarter t of a half, two steps of two pairs of inputs. The pairs go to
-// four 16-byte chunks of the row, where wgmma looks for the inputs 2 t, 2 t + 1 of a step (pair 0)
-// and 2 t + 8, 2 t + 9 (pair 1).
-struct Tokens {
-    uint4 vector[kVectorsOfX];
+// Copies pieces of the tokens to shared memory without passing through registers.
+struct TokenCopy {
+    const u16* from[kVectorsOfX];
+    u32 to[kVectorsOfX];
 
-    __device__ __forceinline__ void load(const Args& a, int token0, int piece) {
+    __device__ __forceinline__ TokenCopy(const Args& a, int token0, u32 shared) {
 #pragma unroll
         for (int i = 0; i < kVectorsOfX; ++i) {
-            const int v = threadIdx.x + i * kThreads;
-            const int token = min(token0 + v / 8, a.tokens - 1);
-            vector[i] = *reinterpret_cast<const uint4*>(
-                a.x + size_t(token) * a.x_stride + piece * kPiece + v % 8 * 8);
+            const int v = threadIdx.x + i * kThreads, row = v / 8, chunk = v % 8;
+            from[i] = a.x + size_t(min(token0 + row, a.tokens - 1)) * a.x_stride + chunk * 8;
+            to[i] = shared + row * kRowBytes + (chunk ^ row % 8) * 16;
         }
     }
-    __device__ __forceinline__ void store(unsigned char* buffer) const {
+    // Always commits a group, so that groups can be counted where pieces have run out.
+    __device__ __forceinline__ void start(int piece, int buffer, bool wanted) const {
 #pragma unroll
-        for (int i = 0; i < kVectorsOfX; ++i) {
-            const int v = threadIdx.x + i * kThreads;
-            const int token = v / 8, half = v / 4 % 2, t = v % 4;
-            unsigned char* row = buffer + token * kRowBytes + t * 4;
-            const u32 pairs[4] = {vector[i].x, vector[i].y, vector[i].z, vector[i].w};
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                *reinterpret_cast<u32*>(row + (((half * 4 + c) ^ (token % 8)) * 16)) = pairs[c];
-        }
+        for (int i = 0; i < kVectorsOfX; ++i)
+            if (wanted && threadIdx.x + i * kThreads < TOKENS * 8)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                             ::"r"(to[i] + buffer * kBufferBytes), "l"(from[i] + piece * kPiece)
+                             : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    static __device__ __forceinline__ void wait() {  // for the oldest of kAhead groups
+        asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
     }
 };
 
@@ -162,34 +161,32 @@ gemm_hopper(const __grid_constant__ Args a) {
         if (begin + d < end) load_stage(stage[d], a, tile, begin + d, lane);
     wait_for_previous_kernel();
 
-    Tokens next;
-    next.load(a, token0, begin);
+    const u32 address = u32(__cvta_generic_to_shared(shared));
+    const TokenCopy copy(a, token0, address);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) copy.start(begin + i, i, begin + i < end);
     Fragment f[2][kSteps];
     unpack_scaled(f[0], stage[0]);
-    next.store(shared);
-    if (begin + 1 < end) next.load(a, token0, begin + 1);
-    publish_shared();
-    __syncthreads();
 
-    const u32 address = u32(__cvta_generic_to_shared(shared));
     float sum[TOKENS / 2] = {};
-    int buffer = 0;
+    int buffer = 0, refill = kAhead;  // refill: the buffer that all have finished with
     for (int base = begin; base < end; base += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int piece = base + d;
             if (piece >= end) break;
+            copy.wait();
+            publish_shared();
+            __syncthreads();  // this piece has come, and the one before the last is finished with
             multiply_piece(sum, f[d % 2], address + buffer * kBufferBytes);
+            copy.start(piece + kAhead, refill, piece + kAhead < end);
             if (piece + DEPTH < end) load_stage(stage[d], a, tile, piece + DEPTH, lane);
-            buffer = buffer == kBuffers - 1 ? 0 : buffer + 1;
             if (piece + 1 < end) {
-                wgmma_wait<1>();  // the piece before: its registers and its buffer are free
+                wgmma_wait<1>();  // the piece before: its registers are free
                 unpack_scaled(f[(d + 1) % 2], stage[(d + 1) % DEPTH]);
-                next.store(shared + buffer * kBufferBytes);
-                if (piece + 2 < end) next.load(a, token0, piece + 2);
-                publish_shared();
             }
-            __syncthreads();
+            buffer = buffer == BUFFERS - 1 ? 0 : buffer + 1;
+            refill = refill == BUFFERS - 1 ? 0 : refill + 1;
         }
     }
     wgmma_wait<0>();

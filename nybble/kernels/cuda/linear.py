@@ -11,7 +11,7 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels.cuda.launch import Kernel, kernel
 from nybble.kernels.cuda.packing import PIECE, TILE, PackedMatrix, pack
-from nybble.kernels.cuda.plans import Plan, group_define, inverse, plan_for
+from nybble.kernels.cuda.plans import HopperPlan, Plan, group_define, inverse, plan_for
 from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
@@ -41,6 +41,13 @@ class _GatherArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "index", "out")),
         *((name, ctypes.c_int) for name in ("x_stride", "k")),
+    )
+
+
+class _ArrangeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int) for name in ("x_stride", "halves")),
     )
 
 
@@ -81,6 +88,7 @@ class CudaLinear:
         self._dependent = properties.major >= 9 if dependent is None else dependent
         self._multiprocessors = properties.multi_processor_count
         self._plan = plan
+        self._arranged_gather = None if packed.gather is None else _arranged(packed.gather)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (tokens, K); residual like the result, added to it in fp32."""
@@ -88,11 +96,12 @@ class CudaLinear:
         tokens = x.shape[0]
         if tokens == 0:
             return x.new_empty(0, self.outputs)
-        x = self._prepared(x)
         plan = self._plan or plan_for(tokens, self.matrix, self._multiprocessors)
         if plan is None:
-            return self._dense_product(x, residual)
-        return self._packed_product(x, residual, plan)
+            return self._dense_product(self._plain_inputs(x), residual)
+        arranged = isinstance(plan, HopperPlan)
+        inputs = self._arranged_inputs(x) if arranged else self._plain_inputs(x)
+        return self._packed_product(inputs, residual, plan)
 
     def dequantize(self, first_tile: int = 0, tiles: int | None = None) -> torch.Tensor:
         """Tiles of the matrix as a dense (rows of N, K padded) tensor, rounded to `dtype`.
@@ -127,12 +136,22 @@ class CudaLinear:
                 f"{tuple(residual.shape)} of {residual.dtype} on {residual.device}: convert it."
             )
 
-    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
-        """x with its inputs in the matrix's order, padded to whole pieces, rows 16-byte aligned."""
+    def _plain_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the order of the matrix's rows, padded to whole pieces, rows 16-byte aligned."""
         if self.matrix.gather is not None:
             return self._gathered(x, self.matrix.gather)
-        aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-        return x if aligned else x.clone(memory_format=torch.contiguous_format)
+        return _aligned(x)
+
+    def _arranged_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in the order that the Hopper kernel reads: see arrange() in dense.cu."""
+        if self._arranged_gather is not None:
+            return self._gathered(x, self._arranged_gather)
+        x = _aligned(x)
+        tokens, halves = x.shape[0], self.matrix.rows * 2 // PIECE
+        out = torch.empty(tokens, self.matrix.rows, dtype=x.dtype, device=x.device)
+        arguments = _ArrangeArguments(*_pointers(x, out), x.stride(0), halves)
+        self._launch("arrange", (tokens, -(-halves // _THREADS)), arguments)
+        return out
 
     def _gathered(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
@@ -230,6 +249,16 @@ class CudaLinear:
     def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
         run = self._kernel("dense.cu", name, {"GROUP": group_define(self.matrix, 1)})
         run.launch(grid, _THREADS, arguments, dependent=self._dependent)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _arranged(index: torch.Tensor) -> torch.Tensor:
+    """Row order of pieces (half, t, step, pair, 2) -> (half, step, pair, t, 2)."""
+    return index.view(-1, 2, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).flatten().contiguous()
 
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:

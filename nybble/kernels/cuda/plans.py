@@ -57,7 +57,8 @@ class HopperPlan:
     tokens: int
     warpgroups: int = 2
     split: int = 1
-    depth: int = 2
+    depth: int = 4
+    buffers: int = 5
     min_blocks: int = 1
 
     name: ClassVar[str] = "gemm_hopper"
@@ -69,8 +70,8 @@ class HopperPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Three pieces of tokens, later the sums of the block, rows padded by four floats."""
-        inputs = 3 * self.tokens * PIECE * 2
+        """The buffers of tokens, later the sums of the block, rows padded by four floats."""
+        inputs = self.buffers * self.tokens * PIECE * 2
         return max(inputs, self.tokens * (64 * self.warpgroups + 4) * 4)
 
     def grid(self, tokens: int, tiles: int) -> tuple[int, int]:
@@ -82,6 +83,7 @@ class HopperPlan:
             "WARPGROUPS": self.warpgroups,
             "SPLIT": self.split,
             "DEPTH": self.depth,
+            "BUFFERS": self.buffers,
             "MIN_BLOCKS": self.min_blocks,
         }
 
@@ -103,7 +105,7 @@ def plan_for(tokens: int, matrix: PackedMatrix, multiprocessors: int) -> Plan | 
 
 
 def group_define(matrix: PackedMatrix, pieces: int) -> int:
-    """GROUP of the kernels: the group size if chunks of so many pieces hold whole groups, else 0."""
+    """GROUP of the kernels: the group size if a chunk of `pieces` holds whole groups, else 0."""
     short = matrix.group_size in SHORT_GROUPS and matrix.groups > 1
     return matrix.group_size if short and matrix.group_size <= pieces * PIECE else 0
 

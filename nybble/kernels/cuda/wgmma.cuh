@@ -58,7 +58,12 @@ __device__ __forceinline__ void publish_shared() {
 
 __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
                                       unsigned long long b) {
-#if TOKENS == 32
+#if TOKENS == 16
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" NYBBLE_TYPES
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]) : NYBBLE_A(a), "l"(b));
+#elif TOKENS == 32
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" NYBBLE_TYPES NYBBLE_NAMES_16
                  "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
                  : NYBBLE_16(d, 0) : NYBBLE_A(a), "l"(b));
@@ -78,6 +83,6 @@ __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
                    NYBBLE_16(d, 64), NYBBLE_16(d, 80), NYBBLE_16(d, 96), NYBBLE_16(d, 112)
                  : NYBBLE_A(a), "l"(b));
 #else
-#error "TOKENS must be 32, 64, 128 or 256"
+#error "TOKENS must be 16, 32, 64, 128 or 256"
 #endif
 }
