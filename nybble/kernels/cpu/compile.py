@@ -16,7 +16,8 @@ from nybble.errors import NybbleError
 from nybble.paths import cache_dir
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+# -fwrapv: the integers that a NaN turns into may overflow; the row becomes NaN by its scale.
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fwrapv", "-fno-math-errno", "-Wno-psabi")
 # The first set that compiles is used: a compiler may lack OpenMP or not know this CPU.
 ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 _DIGEST_BYTES = hashlib.sha256().digest_size
