@@ -44,6 +44,9 @@ class JsonReader:
 
         return int(self._get(key, default, f"a whole number of at least {least}", fits))
 
+    def optional_integer(self, key: str, least: int = 1) -> int | None:
+        return self.integer(key, least=least) if key in self else None
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         def fits(value: Any) -> bool:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -25,7 +25,7 @@ def resolve(
     to hub repositories. CheckpointError says what the name could have been.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path
     name = str(model)
     if name in demo.NAMES:
@@ -40,7 +40,7 @@ def resolve(
 def find(model: str | Path) -> Path:
     """`resolve` without a download: CheckpointError where the model is not on this machine."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path
     name = str(model)
     repo_id = name.removeprefix(_MODELSCOPE)

@@ -26,8 +26,11 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# What a model's authors recommend, by the file's own general.basename.
-_SAMPLING = {"smollm2": {"do_sample": True, "temperature": 0.2, "top_p": 0.9}}
+# What a model's authors recommend, by the file's own general.basename; a bound on the answer's
+# length besides, since a model this small may not find its end.
+_SAMPLING = {
+    "smollm2": {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 512}
+}
 
 
 def import_gguf(path: Path, out_folder: Path, progress: Progress | None = None) -> None:

@@ -83,9 +83,7 @@ def test_greedy_decoding(reference, make_engine):
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
-    generation = make_engine(folder).generate(
-        prompt, SamplingParams(temperature=0, max_tokens=12)
-    )
+    generation = make_engine(folder).generate(prompt, SamplingParams(temperature=0, max_tokens=12))
     assert prompt + list(generation) == expected[0].tolist()
 
 
