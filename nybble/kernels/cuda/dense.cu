@@ -58,28 +58,31 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     }
 }
 
-// x in the order in which wgmma looks for it: of each half of a piece, the 16-byte chunk of step s
-// and pair c holds the inputs 2 c, 2 c + 1 of that step from the lanes t = 0 .. 3. Inputs of a row
-// are contiguous. One thread a half. Grid: (tokens, blocks of 256 halves).
+// x as gemm_hopper reads it: [pieces][rows][64 inputs], a row one token, rows padded. Of each half
+// of a piece, the 16-byte chunk of step s and pair c holds the inputs 2 c, 2 c + 1 of that step from
+// the lanes t = 0 .. 3; a row's chunks are exchanged as wgmma's 128-byte swizzle wants it. A thread
+// takes a half of a piece of a token. Grid: (blocks of 16 tokens, blocks of 8 pieces).
 struct ArrangeArgs {
     const u16* x;  // (tokens, x_stride)
-    u16* out;      // (tokens, 32 * halves)
-    int x_stride, halves;
+    u16* out;
+    int x_stride, tokens, pieces, rows;
 };
 
 extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant__ ArrangeArgs a) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int half = blockIdx.y * 256 + threadIdx.x;
-    if (half >= a.halves) return;
-    const size_t token = blockIdx.x;
-    const uint4* x = reinterpret_cast<const uint4*>(a.x + token * a.x_stride) + half * 4;
-    uint4* out = reinterpret_cast<uint4*>(a.out + token * 32 * a.halves) + half * 4;
+    const int half = threadIdx.x % 2, token = blockIdx.x * 16 + threadIdx.x / 2 % 16;
+    const int piece = blockIdx.y * 8 + threadIdx.x / 32;
+    if (token >= a.tokens || piece >= a.pieces) return;
+    const uint4* x = reinterpret_cast<const uint4*>(
+        a.x + size_t(token) * a.x_stride + piece * kPiece + half * 32);
+    uint4* row = reinterpret_cast<uint4*>(a.out + (size_t(piece) * a.rows + token) * kPiece);
     const uint4 v[4] = {x[0], x[1], x[2], x[3]};
-    out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
-    out[1] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
-    out[2] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
-    out[3] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+    const int swizzle = token % 8, chunk = half * 4;
+    row[chunk ^ swizzle] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
+    row[(chunk + 1) ^ swizzle] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+    row[(chunk + 2) ^ swizzle] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
+    row[(chunk + 3) ^ swizzle] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
 }
 
 // Grids of these two: (tokens, blocks of 256 columns).

@@ -12,14 +12,13 @@ constexpr int kTiles = WARPGROUPS * 4;
 constexpr int kGroups = GROUP ? kPiece / GROUP : 1;
 constexpr int kBufferBytes = TOKENS * kRowBytes;      // a piece of the tokens; BUFFERS of them
 constexpr int kAhead = BUFFERS - 2;                   // pieces of the tokens that are on their way
-constexpr int kVectorsOfX = (TOKENS * 8 + kThreads - 1) / kThreads;  // a thread's, of a piece
 constexpr int kSumRow = kTiles * 16 + 4;  // floats: rows of different tokens meet other banks
 
 struct Args {  // as in gemm.cu
     const uint4* words;
     const void* scales;
     const u16* zeros;
-    const u16* x;  // arranged: see arrange() in dense.cu
+    const u16* x;  // arranged, see arrange() in dense.cu; x_stride: its rows, a multiple of TOKENS
     const u16* bias;
     const u16* residual;
     u16* y;
@@ -62,33 +61,37 @@ __device__ __forceinline__ void unpack_scaled(Fragment (&f)[kSteps], const Stage
     }
 }
 
-// Copies pieces of the tokens to shared memory without passing through registers.
+// Pieces of the tokens come to shared memory by bulk copies, which one thread orders: x is arranged
+// so that a piece of TOKENS tokens is one run of bytes, just as wgmma reads it. (Copies by all
+// threads would need a fence before wgmma, and that waits for the weights on their way, too.)
 struct TokenCopy {
-    const u16* from[kVectorsOfX];
-    u32 to[kVectorsOfX];
+    const u16* from;
+    size_t piece_stride;
+    u32 buffers, barriers;
 
-    __device__ __forceinline__ TokenCopy(const Args& a, int token0, u32 shared) {
-#pragma unroll
-        for (int i = 0; i < kVectorsOfX; ++i) {
-            const int v = threadIdx.x + i * kThreads, row = v / 8, chunk = v % 8;
-            from[i] = a.x + size_t(min(token0 + row, a.tokens - 1)) * a.x_stride + chunk * 8;
-            to[i] = shared + row * kRowBytes + (chunk ^ row % 8) * 16;
-        }
+    __device__ __forceinline__ void start(int piece, int buffer) const {
+        const u32 barrier = barriers + buffer * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     ::"r"(barrier), "n"(kBufferBytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];"
+                     ::"r"(buffers + buffer * kBufferBytes), "l"(from + piece * piece_stride),
+                       "n"(kBufferBytes), "r"(barrier) : "memory");
     }
-    // Always commits a group, so that groups can be counted where pieces have run out.
-    __device__ __forceinline__ void start(int piece, int buffer, bool wanted) const {
-#pragma unroll
-        for (int i = 0; i < kVectorsOfX; ++i)
-            if (wanted && threadIdx.x + i * kThreads < TOKENS * 8)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             ::"r"(to[i] + buffer * kBufferBytes), "l"(from[i] + piece * kPiece)
-                             : "memory");
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-    static __device__ __forceinline__ void wait() {  // for the oldest of kAhead groups
-        asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+    __device__ __forceinline__ void wait(int buffer, u32 phase) const {
+        asm volatile("{\n.reg .pred done;\n"
+                     "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                     "@!done bra again;\n}"
+                     ::"r"(barriers + buffer * 8), "r"(phase) : "memory");
     }
 };
+
+__device__ __forceinline__ void init_barriers(u32 barriers) {
+#pragma unroll
+    for (int i = 0; i < BUFFERS; ++i)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ __forceinline__ void multiply_piece(float (&sum)[TOKENS / 2],
                                                const Fragment (&f)[kSteps], u32 buffer) {
@@ -155,38 +158,42 @@ gemm_hopper(const __grid_constant__ Args a) {
     const int begin = a.pieces * rank / SPLIT, end = a.pieces * (rank + 1) / SPLIT;
 
     let_next_kernel_start();
+    __shared__ unsigned long long barriers[BUFFERS];
+    const u32 address = u32(__cvta_generic_to_shared(shared));
+    const TokenCopy copy{a.x + size_t(token0) * kPiece, size_t(a.x_stride) * kPiece, address,
+                         u32(__cvta_generic_to_shared(barriers))};
+    const bool orders = threadIdx.x == 0;
+    if (orders) init_barriers(copy.barriers);
     Stage stage[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
         if (begin + d < end) load_stage(stage[d], a, tile, begin + d, lane);
+    __syncthreads();
     wait_for_previous_kernel();
+    if (orders)
+        for (int i = 0; i < kAhead && begin + i < end; ++i) copy.start(begin + i, i);
 
-    const u32 address = u32(__cvta_generic_to_shared(shared));
-    const TokenCopy copy(a, token0, address);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) copy.start(begin + i, i, begin + i < end);
     Fragment f[2][kSteps];
     unpack_scaled(f[0], stage[0]);
-
     float sum[TOKENS / 2] = {};
-    int buffer = 0, refill = kAhead;  // refill: the buffer that all have finished with
+    int buffer = 0, refill = kAhead;
+    u32 phase = 0;
     for (int base = begin; base < end; base += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int piece = base + d;
             if (piece >= end) break;
-            copy.wait();
-            publish_shared();
-            __syncthreads();  // this piece has come, and the one before the last is finished with
+            copy.wait(buffer, phase);
             multiply_piece(sum, f[d % 2], address + buffer * kBufferBytes);
-            copy.start(piece + kAhead, refill, piece + kAhead < end);
+            __syncthreads();  // all have finished with the piece before the last: refill its buffer
+            if (orders && piece + kAhead < end) copy.start(piece + kAhead, refill);
             if (piece + DEPTH < end) load_stage(stage[d], a, tile, piece + DEPTH, lane);
             if (piece + 1 < end) {
                 wgmma_wait<1>();  // the piece before: its registers are free
                 unpack_scaled(f[(d + 1) % 2], stage[(d + 1) % DEPTH]);
             }
-            buffer = buffer == BUFFERS - 1 ? 0 : buffer + 1;
             refill = refill == BUFFERS - 1 ? 0 : refill + 1;
+            if (++buffer == BUFFERS) buffer = 0, phase ^= 1;
         }
     }
     wgmma_wait<0>();

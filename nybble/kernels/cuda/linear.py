@@ -47,7 +47,7 @@ class _GatherArguments(ctypes.Structure):
 class _ArrangeArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int) for name in ("x_stride", "halves")),
+        *((name, ctypes.c_int) for name in ("x_stride", "tokens", "pieces", "rows")),
     )
 
 
@@ -88,7 +88,6 @@ class CudaLinear:
         self._dependent = properties.major >= 9 if dependent is None else dependent
         self._multiprocessors = properties.multi_processor_count
         self._plan = plan
-        self._arranged_gather = None if packed.gather is None else _arranged(packed.gather)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (tokens, K); residual like the result, added to it in fp32."""
@@ -99,9 +98,11 @@ class CudaLinear:
         plan = self._plan or plan_for(tokens, self.matrix, self._multiprocessors)
         if plan is None:
             return self._dense_product(self._plain_inputs(x), residual)
-        arranged = isinstance(plan, HopperPlan)
-        inputs = self._arranged_inputs(x) if arranged else self._plain_inputs(x)
-        return self._packed_product(inputs, residual, plan)
+        if isinstance(plan, HopperPlan):
+            inputs = self._arranged_inputs(x, plan.tokens)
+        else:
+            inputs = self._plain_inputs(x)
+        return self._packed_product(inputs, tokens, residual, plan)
 
     def dequantize(self, first_tile: int = 0, tiles: int | None = None) -> torch.Tensor:
         """Tiles of the matrix as a dense (rows of N, K padded) tensor, rounded to `dtype`.
@@ -142,15 +143,14 @@ class CudaLinear:
             return self._gathered(x, self.matrix.gather)
         return _aligned(x)
 
-    def _arranged_inputs(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in the order that the Hopper kernel reads: see arrange() in dense.cu."""
-        if self._arranged_gather is not None:
-            return self._gathered(x, self._arranged_gather)
-        x = _aligned(x)
-        tokens, halves = x.shape[0], self.matrix.rows * 2 // PIECE
-        out = torch.empty(tokens, self.matrix.rows, dtype=x.dtype, device=x.device)
-        arguments = _ArrangeArguments(*_pointers(x, out), x.stride(0), halves)
-        self._launch("arrange", (tokens, -(-halves // _THREADS)), arguments)
+    def _arranged_inputs(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        """The same as the Hopper kernel reads it, padded to blocks of tokens: see dense.cu."""
+        x = self._plain_inputs(x)
+        (tokens, _), pieces = x.shape, self.matrix.pieces
+        rows = -(-tokens // block) * block
+        out = torch.empty(pieces, rows, PIECE, dtype=x.dtype, device=x.device)
+        arguments = _ArrangeArguments(*_pointers(x, out), x.stride(0), tokens, pieces, rows)
+        self._launch("arrange", (-(-tokens // 16), -(-pieces // 8)), arguments)
         return out
 
     def _gathered(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -162,15 +162,15 @@ class CudaLinear:
         return out
 
     def _packed_product(
-        self, x: torch.Tensor, residual: torch.Tensor | None, plan: Plan
+        self, x: torch.Tensor, tokens: int, residual: torch.Tensor | None, plan: Plan
     ) -> torch.Tensor:
-        m, tokens = self.matrix, x.shape[0]
+        m, stride = self.matrix, x.shape[1] if x.dim() == 3 else x.stride(0)
         y = torch.empty(tokens, self.outputs, dtype=self.dtype, device=self.device)
         residual = None if residual is None else residual.contiguous()
         chunk = plan.pieces * PIECE
         arguments = _GemmArguments(
             *_pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
-            *(tokens, x.stride(0), self.outputs, m.tiles),
+            *(tokens, stride, self.outputs, m.tiles),
             *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
         )
         defines = {**plan.defines(), "GROUP": group_define(m, plan.pieces)}
@@ -254,11 +254,6 @@ class CudaLinear:
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def _arranged(index: torch.Tensor) -> torch.Tensor:
-    """Row order of pieces (half, t, step, pair, 2) -> (half, step, pair, t, 2)."""
-    return index.view(-1, 2, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).flatten().contiguous()
 
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:

@@ -24,11 +24,6 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Ordinary stores to shared memory become visible to wgmma.
-__device__ __forceinline__ void publish_shared() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 #if BF16
 #define NYBBLE_TYPES ".f32.bf16.bf16 "
 #else
