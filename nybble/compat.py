@@ -200,7 +200,8 @@ class ChatModel:
         return _with_stop_words(params, stop_words or (), tokenizer)
 
 
-_OURS = frozenset(field.name for field in fields(SamplingParams))
+# The answers of this class are texts, so nobody would see log probabilities.
+_OURS = frozenset(field.name for field in fields(SamplingParams)) - {"logprobs"}
 _THEIRS = frozenset(field.name for field in fields(GenerationConfig))
 
 

@@ -42,26 +42,38 @@ def run(
         prompt = reading.prompt_text(prompt)
     llm = load(model, running, quiet)
     params = sampling.params(llm.default_params)
-    chat = Chat(llm, params, Conversation(system), quiet)
+    interactive = prompt is None and sys.stdin.isatty()
+    chat = Chat(llm, params, Conversation(system), quiet=quiet, interactive=interactive)
     if prompt is not None:
         chat.answer(prompt)
         return
-    if sys.stdin.isatty():
+    if interactive:
         reading.enable_line_editing()
         console.note("/help shows the commands, Ctrl-D leaves.")
     chat.session(reading.terminal_line)
 
 
 class Chat:
-    """A conversation with a loaded model."""
+    """A conversation with a loaded model.
+
+    interactive: a person sits there, so an error is shown and the session goes on; the messages
+    of a pipe end at the first error, which is raised.
+    """
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, conversation: Conversation, quiet: bool = False
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        conversation: Conversation,
+        *,
+        quiet: bool = False,
+        interactive: bool = True,
     ) -> None:
         self.llm = llm
         self.params = params
         self.conversation = conversation
         self.quiet = quiet
+        self.interactive = interactive
         self.commands: dict[str, Callable[[str], None]] = {
             "/clear": self._clear,
             "/system": self._system,
@@ -121,10 +133,12 @@ class Chat:
     def session(self, read_line: reading.ReadLine) -> None:
         """Answer message after message until the input ends or /exit."""
         while True:
+            if self.interactive:
+                console.show("")
             try:
                 text = reading.read_message(read_line)
             except EOFError:
-                if sys.stdin.isatty():
+                if self.interactive:
                     console.show("")
                 return
             except KeyboardInterrupt:
@@ -135,7 +149,7 @@ class Chat:
             self._handle(text)
 
     def _handle(self, text: str) -> None:
-        """One message or command; what goes wrong with it does not end the session."""
+        """One message or command."""
         name, _, argument = text.strip().partition(" ")
         try:
             if name in self.commands:
@@ -147,6 +161,8 @@ class Chat:
         except KeyboardInterrupt:
             console.note("\nStopped.")
         except NybbleError as error:
+            if not self.interactive:
+                raise
             console.error(str(error))
 
     # -- commands ------------------------------------------------------------------------------

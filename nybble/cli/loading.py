@@ -49,8 +49,11 @@ def pull_folder(model: str, revision: str | None, source: str) -> Path:
     """The folder of a model, downloaded if it is not here yet."""
     if source not in _SOURCES:
         raise ConfigError(f"--source is {source!r}: choose {' or '.join(_SOURCES)}.")
+    from nybble import demo
     from nybble.resolve import resolve
 
+    if revision is not None and (model in demo.NAMES or Path(model).expanduser().is_dir()):
+        raise ConfigError("--revision goes with a hub repository only: leave it out.")
     name = f"modelscope:{model}" if source == "modelscope" else model
     with console.ProgressBar() as progress:
         return resolve(name, progress, revision).absolute()

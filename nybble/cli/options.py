@@ -61,6 +61,12 @@ class Sampling:
     max_tokens: Annotated[int | None, _option("The longest answer, in tokens.")] = None
     stop: Annotated[list[str] | None, _option("End before this text; may be repeated.")] = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is out of range before a model is loaded."""
+        from nybble.sampling import SamplingParams
+
+        self.params(SamplingParams())
+
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """The model's defaults with what was given on the command line in their place."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -56,8 +56,13 @@ def enable_line_editing() -> None:
 
 def prompt_text(prompt: str) -> str:
     """A prompt from the command line, or all of stdin for "-", less one newline at its end."""
-    if prompt != "-":
-        return checked(prompt)
+    text = _read_stdin() if prompt == "-" else checked(prompt)
+    if not text:
+        raise RequestError("The prompt is empty: give at least one character.")
+    return text
+
+
+def _read_stdin() -> str:
     data = sys.stdin.buffer.read()
     try:
         return data.decode().removesuffix("\n")

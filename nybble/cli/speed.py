@@ -11,17 +11,15 @@ if TYPE_CHECKING:
 
 def speed_line(timing: Timing) -> str:
     """Tokens and tokens/s of the answer and of the prompt, seconds to the first token."""
-    parts = [f"{timing.new_tokens} tokens"]
+    answer = f"{timing.new_tokens} tokens"
     if timing.decode_seconds:
-        parts.append(f"{timing.decode_rate:.1f} tokens/s")
-    prompt = f"prompt {timing.prompt_tokens} tokens"
+        answer += f" at {timing.decode_rate:.1f}/s"
+    prompt = f"prompt {timing.prompt_tokens}"
     if timing.reused_tokens:
-        prompt += f", {timing.reused_tokens} of them cached"
-    parts.append(prompt)
-    if rate := prefill_rate(timing):
-        parts.append(f"{rate:.0f} tokens/s")
-    parts.append(f"first token after {timing.prefill_seconds:.2f} s")
-    return " · ".join(parts)
+        prompt += f" ({timing.reused_tokens} cached)"
+    if timing.prefill_seconds:
+        prompt += f" at {prefill_rate(timing):.0f}/s"
+    return f"{answer}, {prompt}, first token after {timing.prefill_seconds:.2f} s"
 
 
 def prefill_rate(timing: Timing) -> float:

@@ -1,0 +1,127 @@
+"""The arithmetic behind `nybble info`, against values worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble.checkpoint import TensorInfo
+from nybble.config import ModelConfig, QuantConfig, RopeConfig
+from nybble.memory import fitting_context, kv_bytes_per_token, weigh
+
+QWEN_72B = ModelConfig(
+    family="qwen",
+    hidden_size=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=64,
+    head_dim=128,
+    intermediate_size=24576,
+    vocab_size=152064,
+    norm_eps=1e-6,
+    rope=RopeConfig(1e6),
+    max_context=32768,
+    trained_context=32768,
+    qkv_bias=True,
+    quant=QuantConfig(bits=4, group_size=128, desc_act=False, sym=True),
+)
+LINEARS = {
+    "attn.c_attn": (8192, 3 * 8192),
+    "attn.c_proj": (8192, 8192),
+    "mlp.w1": (8192, 24576),
+    "mlp.w2": (8192, 24576),
+    "mlp.c_proj": (24576, 8192),
+}
+MATRICES = 80 * sum(inputs * outputs for inputs, outputs in LINEARS.values())
+
+
+def tensor(dtype: torch.dtype, *shape: int) -> TensorInfo:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return TensorInfo(dtype, shape, Path("model.safetensors"), 0, size)
+
+
+def tensors_of_72b() -> Iterator[tuple[str, TensorInfo]]:
+    """What the headers of Qwen-72B-Chat-Int4 say."""
+    half = torch.float16
+    yield "transformer.wte.weight", tensor(half, 152064, 8192)
+    yield "lm_head.weight", tensor(half, 152064, 8192)
+    yield "transformer.ln_f.weight", tensor(half, 8192)
+    for layer in range(80):
+        block = f"transformer.h.{layer}."
+        yield f"{block}ln_1.weight", tensor(half, 8192)
+        yield f"{block}ln_2.weight", tensor(half, 8192)
+        for name, (inputs, outputs) in LINEARS.items():
+            yield f"{block}{name}.qweight", tensor(torch.int32, inputs // 8, outputs)
+            yield f"{block}{name}.qzeros", tensor(torch.int32, inputs // 128, outputs // 8)
+            yield f"{block}{name}.scales", tensor(half, inputs // 128, outputs)
+            yield f"{block}{name}.g_idx", tensor(torch.int32, inputs)
+            yield f"{block}{name}.bias", tensor(half, outputs)
+
+
+@pytest.fixture(scope="module")
+def headers() -> dict[str, TensorInfo]:
+    return dict(tensors_of_72b())
+
+
+def test_the_72b_on_disk(headers: dict[str, TensorInfo]) -> None:
+    disk = weigh(QWEN_72B, headers).disk
+    assert MATRICES == 69_793_218_560
+    assert disk["quantised weights"] == MATRICES // 2  # 34.9 GB
+    assert disk["scales"] == MATRICES // 128 * 2  # 1.09 GB
+    assert disk["zero points"] == MATRICES // 128 // 2
+    assert disk["embedding and head"] == 2 * 2_491_416_576  # 2 x 2.49 GB
+    assert disk["norms"] == 161 * 8192 * 2
+    assert disk["group indices"] == 80 * (4 * 8192 + 24576) * 4
+    assert disk["biases"] == 80 * (3 + 1 + 3 + 3 + 1) * 8192 * 2
+
+
+def test_the_parameters_of_the_72b(headers: dict[str, TensorInfo]) -> None:
+    """A packed word counts as eight, and the zero biases that the quantiser added not at all."""
+    biases, norms = 80 * 3 * 8192, 161 * 8192
+    expected = MATRICES + 2 * 152064 * 8192 + biases + norms
+    assert weigh(QWEN_72B, headers).parameters == expected == 72_287_920_128
+
+
+def test_the_72b_in_memory(headers: dict[str, TensorInfo]) -> None:
+    weights = weigh(QWEN_72B, headers)
+    dense = 2 * 2_491_416_576 + (80 * 3 * 8192 + 161 * 8192) * 2
+    assert weights.memory == MATRICES // 2 + MATRICES // 64 + dense
+    assert weights.memory < weights.disk_bytes == sum(weights.disk.values())
+
+
+def test_zero_points_and_act_order_take_memory(headers: dict[str, TensorInfo]) -> None:
+    symmetric = weigh(QWEN_72B, headers).memory
+    other = QuantConfig(bits=4, group_size=128, desc_act=True, sym=False)
+    more = weigh(replace(QWEN_72B, quant=other), headers).memory - symmetric
+    assert more == MATRICES // 128 + 80 * (4 * 8192 + 24576) * 8
+
+
+def test_kv_bytes_of_the_72b() -> None:
+    assert kv_bytes_per_token(QWEN_72B, "fp16") == 2_621_440
+    assert kv_bytes_per_token(QWEN_72B, "int8") == 1_310_720
+    assert kv_bytes_per_token(QWEN_72B, "int4") == 655_360
+
+
+@pytest.mark.parametrize(
+    ("free", "tokens"),
+    [(-1.0, 0), (0, 0), (2_621_439, 0), (2_621_440, 1), (40e9, 15258), (1e12, 32768)],
+)
+def test_the_context_that_fits(free: float, tokens: int) -> None:
+    assert fitting_context(QWEN_72B, "fp16", free) == tokens
+
+
+def test_a_tied_head_that_is_stored_too_counts_once() -> None:
+    config = replace(QWEN_72B, family="llama", tied=True, qkv_bias=False, quant=None)
+    headers = {
+        "model.embed_tokens.weight": tensor(torch.bfloat16, 152064, 8192),
+        "lm_head.weight": tensor(torch.bfloat16, 152064, 8192),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": tensor(torch.float32, 64),
+    }
+    weights = weigh(config, headers)
+    assert weights.parameters == 152064 * 8192
+    assert weights.memory == 2 * 152064 * 8192
+    assert weights.disk["other"] == 256
