@@ -177,13 +177,15 @@ class Loader:
         names = NAMES[self.config.family]
         embedding = self._float(names.embed_tokens + ".weight")
         head = embedding if self.config.tied else self._float(names.lm_head + ".weight")
+        # Beside 4-bit blocks an 8-bit head adds nothing; a 16-bit model keeps all its digits.
+        lm_head = self.backend.head_linear(head, exact=self.config.quant is None)
         return Decoder(
             config=self.config,
             backend=self.backend,
             embed_tokens=embedding,
             layers=layers,
             norm=self._norm(names.norm + ".weight"),
-            lm_head=self.backend.head_linear(head),
+            lm_head=lm_head,
         )
 
     def _float(self, name: str) -> torch.Tensor:

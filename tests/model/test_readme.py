@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -36,16 +35,12 @@ def test_both_languages_show_the_same_commands():
 def test_commands(command):
     if command[0] in ("git", "cd"):
         return  # whoever runs this has followed them
-    if command[0] == "make":
-        # Run for real they would set up the machine that is running this; CI does that.
-        command = [*command, "--dry-run"]
-    else:
-        command = [sys.executable, "-m", *command]
-    run = subprocess.run(
-        command, cwd=ROOT, input=b"/exit\n", capture_output=True, check=False, env=os.environ
-    )
+    # Run for real, make would set up the machine that is running this; CI does that.
+    made = command[0] == "make"
+    command = [*command, "--dry-run"] if made else [sys.executable, "-m", *command]
+    run = subprocess.run(command, cwd=ROOT, input=b"/exit\n", capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()
-    assert run.stdout.strip() or command[:2] == ["make", "chat"]
+    assert (run.stdout + run.stderr).strip()
 
 
 @pytest.mark.parametrize("number", range(2))
