@@ -20,8 +20,11 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape
     blocks = torch.nn.functional.pad(x, (0, -width % 32)).view(rows, -1, 32)
     largest = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(largest < 1e-30, 0.0, 127.0 / largest)
-    return ((blocks * inverse).round().double() * (largest.double() / 127)).flatten(1)[:, :width]
+    # number / tensor would be a reciprocal and a product, rounded twice
+    inverse = torch.where(largest < 1e-30, 0.0, torch.tensor(127.0).div(largest))
+    # A fused multiply-add rounds the exact product, which float64 holds.
+    codes = (blocks.double() * inverse.double()).round()
+    return (codes * (largest.double() / 127)).flatten(1)[:, :width]
 
 
 def assert_equals_definition(matrix, bias, x, got) -> None:
