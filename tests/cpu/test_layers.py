@@ -53,7 +53,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 def test_imports_point_down(path):
     own = part_of(path)
     for module in imported_modules(path):
-        part = (module.split(".") + [""])[1]
+        part = [*module.split("."), ""][1]
         if module.startswith("nybble.") and part != own and part in RANK:
             assert RANK[part] < RANK[own], f"{own} imports {module}"
 
