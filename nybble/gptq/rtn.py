@@ -76,11 +76,11 @@ def quantization_config(config: QuantConfig) -> dict[str, object]:
 
 def quantize_weight(weight: torch.Tensor, config: QuantConfig) -> dict[str, torch.Tensor]:
     """weight (N, K) -> the tensors of one GPTQ linear, each weight at the nearest grid point."""
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     size = inputs if config.group_size == -1 else config.group_size
     columns = weight.float().t()  # (K, N)
     scales, zeros = [], []
-    for group in columns.split(size):
+    for group in torch.split(columns, size):
         scale, zero = _grid(group, config)
         scales.append(scale)
         zeros.append(zero)
