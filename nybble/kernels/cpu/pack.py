@@ -49,8 +49,9 @@ def pack(matrix: QuantMatrix, bias: torch.Tensor | None) -> PackedMatrix:
 def _tiles(table: torch.Tensor, height: int) -> torch.Tensor:
     """(rows, N) -> (N / 16, height, 16), zeros where it had nothing."""
     columns = -(-table.shape[1] // TILE)
-    padded = F.pad(table, (0, columns * TILE - table.shape[1], 0, height - table.shape[0]))
-    return padded.view(height, columns, TILE).transpose(0, 1).contiguous()
+    if table.shape != (height, columns * TILE):  # padding copies even where nothing is added
+        table = F.pad(table, (0, columns * TILE - table.shape[1], 0, height - table.shape[0]))
+    return table.reshape(height, columns, TILE).transpose(0, 1).contiguous()
 
 
 def _narrow(scales: torch.Tensor) -> torch.Tensor:
