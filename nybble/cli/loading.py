@@ -38,7 +38,7 @@ def _what_runs(model: str, llm: LLM) -> str:
     import torch
 
     quant = llm.config.quant
-    weights = f"{quant.bits}-bit" if quant else "16-bit"
+    weights = f"{quant.bits}-bit" if quant else "unquantised"
     return (
         f"{model} ({llm.config.family}, {weights}), kernels {llm.backend.name}, "
         f"{torch.get_num_threads()} threads, context {llm.engine.max_context}"

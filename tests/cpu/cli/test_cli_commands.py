@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from fake_llm import FakeLLM
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
 from nybble.sampling import SamplingParams
+
+TOY = Path(__file__).parents[2] / "data" / "qwen1-plain"
 
 
 def run(*arguments: str, stdin: bytes | str = "") -> Any:
@@ -110,6 +113,18 @@ def test_generate_takes_and_gives_ids(llm: FakeLLM) -> None:
     result = run("generate", "demo", "72 x", "--ids")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "whole numbers" in result.stderr
+
+
+def test_a_folder_without_tokenizer_answers_in_ids() -> None:
+    """The true engine, on the toy: its golden greedy ids."""
+    cases = load_file(TOY / "expected.safetensors")
+    prompt, wanted = (cases[f"decode0.{name}"].tolist() for name in ("input_ids", "greedy_ids"))
+    options = ("--ids", "--temperature", "0", "--max-tokens", str(len(wanted)))
+    running = ("--dtype", "float32")
+    result = run("generate", str(TOY), " ".join(map(str, prompt)), *options, *running)
+    assert result.stdout.split() == [str(token) for token in wanted]
+    assert result.stderr.startswith(f"{TOY} (qwen, unquantised), kernels ")
+    assert "no tokenizer" in run("chat", str(TOY), "hello").stderr
 
 
 @pytest.mark.parametrize(
