@@ -11,14 +11,16 @@ from nybble.cli import console
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def terminal(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be called in the test itself: pytest changes the streams between a fixture and it."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
 
-@pytest.mark.usefixtures("terminal")
-def test_an_answer_cannot_steer_the_terminal(capsys: Captured) -> None:
+def test_an_answer_cannot_steer_the_terminal(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_terminal(monkeypatch)
     console.write("a\x1b[2Jb\x07\x9bc\td\n你好")
     assert capsys.readouterr().out == "a[2Jbc\td\n你好"
 
@@ -36,8 +38,8 @@ def test_messages_are_plain_text_on_stderr(capsys: Captured) -> None:
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.usefixtures("terminal")
-def test_a_bar_for_each_thing_being_done(capsys: Captured) -> None:
+def test_a_bar_for_each_thing_being_done(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_terminal(monkeypatch)
     with console.ProgressBar() as progress:
         progress("Downloading", 1, 4)
         progress("Downloading", 4, 4)
