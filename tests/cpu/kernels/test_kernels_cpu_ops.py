@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from nybble.errors import CapacityError, ConfigError
 
-relaxed = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+relaxed = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
