@@ -9,7 +9,7 @@ DEMO := $(VENV)/.demo
 
 chat: $(DEMO)
 ifdef PROMPT
-	@$(BIN)/nybble chat demo "$$PROMPT"
+	@$(BIN)/nybble chat demo -- "$$PROMPT"
 else
 	@$(BIN)/nybble chat demo
 endif
