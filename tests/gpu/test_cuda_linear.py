@@ -10,6 +10,7 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels import ref
 from nybble.kernels.cuda.linear import CudaLinear
+from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.matrix import QuantMatrix
 
@@ -63,6 +64,22 @@ def test_every_batch(bits, dtype, paired, random):
         assert_close(linear(x), silu_mul(want) if paired else want)
 
 
+@pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
+@pytest.mark.parametrize(("bits", "inputs"), [(4, 1152), (8, 1152), (4, 1088), (4, 64)])
+def test_every_plan(plan, bits, inputs, random):
+    """Also those that the tables keep for other batches, matrices and GPUs."""
+    if isinstance(plan, HopperPlan) and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    matrix = random_matrix(inputs, 600, bits=bits, group_size=64, random=random)
+    for paired in (False, True):
+        linear = CudaLinear(matrix, paired=paired, plan=plan)
+        for tokens in (1, 30, 200):
+            x = inputs_for(matrix, tokens, torch.float16)
+            want = product(x, matrix)
+            poison(tokens, linear.outputs)
+            assert_close(linear(x), silu_mul(want) if paired else want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -72,7 +89,7 @@ def test_every_group_size(inputs, group_size, symmetric, bits, dtype, random):
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     matrix = random_matrix(inputs, 197, **options, random=random)
     linear = CudaLinear(matrix, dtype=dtype)
-    for tokens in (1, 5, 16, 33, 70, 600):
+    for tokens in (1, 5, 16, 33, 70, 600, 1100):
         x = inputs_for(matrix, tokens, dtype)
         assert_close(linear(x), product(x, matrix))
 
@@ -82,7 +99,7 @@ def test_every_group_size(inputs, group_size, symmetric, bits, dtype, random):
 def test_odd_shapes(inputs, outputs, random):
     matrix = random_matrix(inputs, outputs, group_size=32, symmetric=False, random=random)
     linear = CudaLinear(matrix)
-    for tokens in (1, 3, 17, 64, 257):
+    for tokens in (1, 3, 17, 64, 257, 1025):
         x = inputs_for(matrix, tokens, torch.float16)
         poison(tokens, outputs)
         assert_close(linear(x), product(x, matrix))
@@ -93,13 +110,13 @@ def test_odd_shapes(inputs, outputs, random):
 def test_every_scale_dtype(dtype, scale_dtype, random):
     matrix = random_matrix(256, 64, group_size=64, scale_dtype=scale_dtype, random=random)
     linear = CudaLinear(matrix, dtype=dtype)
-    for tokens in (2, 512):
+    for tokens in (2, 20, 512, 1100):
         x = inputs_for(matrix, tokens, dtype)
         assert_close(linear(x), product(x, matrix))
 
 
 @pytest.mark.parametrize("scale", [1e-5, 10.0])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 600])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 600, 1100])
 def test_extreme_values(tokens, scale, random):
     matrix = random_matrix(2048, 256, scale=scale, random=random)
     x = inputs_for(matrix, tokens, torch.float16)
@@ -117,7 +134,7 @@ def test_extreme_values(tokens, scale, random):
 def test_not_a_number_stays_in_its_row(random):
     matrix = random_matrix(512, 64, random=random)
     linear = CudaLinear(matrix)
-    for tokens in (8, 64, 600):
+    for tokens in (8, 64, 600, 1100):
         x = inputs_for(matrix, tokens, torch.float16)
         x[3, 100] = torch.nan
         bad = linear(x).isnan()
@@ -125,7 +142,7 @@ def test_not_a_number_stays_in_its_row(random):
         assert bad.sum() == bad[3].numel()
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 40, 600])
+@pytest.mark.parametrize("tokens", [1, 9, 40, 600, 1100])
 @pytest.mark.parametrize("paired", [False, True])
 def test_bias_and_residual(tokens, paired, random):
     matrix = random_matrix(256, 200, random=random)
@@ -146,7 +163,7 @@ def test_permuted_inputs_with_padding(random):
     perm = torch.where(order < 600, order, 600)  # 40 padding rows
     matrix = dataclasses.replace(matrix, perm=perm, in_features=600)
     linear = CudaLinear(matrix)
-    for tokens in (1, 8, 200):
+    for tokens in (1, 8, 200, 1100):
         x = inputs_for(matrix, tokens, torch.float16)
         assert_close(linear(x), product(x, matrix))
 
@@ -160,7 +177,7 @@ def test_strided_and_misaligned_inputs(random):
 
 
 @pytest.mark.parametrize("dependent", [False, True])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 600])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 600, 1100])
 def test_graph_of_a_chain(tokens, dependent, random):
     """A chain of products: each reads what the one before it has only just written."""
     if dependent and torch.cuda.get_device_capability() < (9, 0):

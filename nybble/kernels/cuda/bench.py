@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,8 +29,9 @@ SHAPES = {
     "gate_up": (8192, 49152, True),
     "down": (24576, 8192, False),
 }
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SETS = 10
+Row = dict[str, float | int | str]
 
 
 class _ReadArguments(ctypes.Structure):
@@ -101,30 +103,46 @@ def block_seconds(sets: dict[str, list[CudaLinear]], tokens: int) -> float:
     return seconds(lambda: [one(xs[one.matrix.in_features]) for one in order]) / SETS
 
 
-def run(batches: Sequence[int], dtype: torch.dtype) -> list[dict[str, float | int | str]]:
+def host_seconds(linear: CudaLinear, calls: int = 2000) -> float:
+    """Host time of one eager call for one token, while the GPU is behind."""
+    x = torch.randn(1, linear.matrix.in_features, device=linear.device).to(linear.dtype)
+    linear(x)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        linear(x)
+    taken = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return taken / calls
+
+
+def run(batches: Sequence[int], dtype: torch.dtype, dependent: bool) -> list[Row]:
     device = torch.device("cuda", torch.cuda.current_device())
     random = torch.Generator(device).manual_seed(0)
     ceiling = read_ceiling(device)
     print(f"{torch.cuda.get_device_name(device)}, {dtype}: read ceiling {ceiling / 1e9:.0f} GB/s")
-    sets = {name: make_sets(name, dtype=dtype, random=random) for name in SHAPES}
-    rows: list[dict[str, float | int | str]] = [{"shape": "ceiling", "bytes_per_s": ceiling}]
+    sets = {
+        name: with_options(make_sets(name, dtype=dtype, random=random), dependent=dependent)
+        for name in SHAPES
+    }
+    host = host_seconds(CudaLinear(random_matrix(256, 256, random=random), dtype=dtype))
+    print(f"host time of an eager call: {host * 1e6:.1f} us")
+    rows: list[Row] = [{"shape": "ceiling", "bytes_per_s": ceiling, "host_seconds": host}]
     for tokens in batches:
-        for name in (*SHAPES, "block"):
-            linears = [one for part in sets.values() for one in part]
-            if name == "block":
-                taken = block_seconds(sets, tokens)
-            else:
-                linears = sets[name]
-                taken = product_seconds(linears, tokens)
-            size = sum(one.matrix.nbytes for one in linears) / SETS
-            weights = sum(one.matrix.in_features * one.matrix.out_features for one in linears)
-            rows.append(_row(name, tokens, taken, size, 2 * tokens * weights / SETS, ceiling))
+        for name, linears in sets.items():
+            taken = product_seconds(linears, tokens)
+            rows.append(_row(name, tokens, taken, linears, ceiling))
+        everything = [one for linears in sets.values() for one in linears]
+        rows.append(_row("block", tokens, block_seconds(sets, tokens), everything, ceiling))
     return rows
 
 
 def _row(
-    name: str, tokens: int, taken: float, size: float, operations: float, ceiling: float
-) -> dict[str, float | int | str]:
+    name: str, tokens: int, taken: float, linears: Sequence[CudaLinear], ceiling: float
+) -> Row:
+    size = sum(one.matrix.nbytes for one in linears) / SETS
+    weights = sum(one.matrix.in_features * one.matrix.out_features for one in linears) / SETS
+    operations = 2 * tokens * weights
     rate = size / taken
     print(
         f"{name:9} M={tokens:<5} {taken * 1e6:9.1f} us {rate / 1e9:7.0f} GB/s "
@@ -144,9 +162,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--no-dependent", action="store_true", help="no dependent launch")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
-    rows = run(options.batches, getattr(torch, options.dtype))
+    rows = run(options.batches, getattr(torch, options.dtype), not options.no_dependent)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -22,13 +22,14 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     if (unit >= long(a.slab_tiles) * a.pieces) return;
     const int local = unit / a.pieces, piece = unit % a.pieces;
     const long tile = a.first_tile + local;
-    const Weights w = load_weights(a.words, tile * a.pieces + piece, lane);
+    const Tile from = tile_of(a, tile, a.pieces, lane);
+    const Weights w = from.piece(piece);
 
     GroupBits bits[kGroups];
     const int group = GROUP ? piece * kGroups : divide(piece, a.pieces_per_group);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i)
-        bits[i].load(a.scales, a.zeros, (tile * a.groups + group + i) * 8 + g);
+        bits[i] = from.group(group + i);
 
     u32 low[kSteps * 2], high[kSteps * 2];
 #pragma unroll

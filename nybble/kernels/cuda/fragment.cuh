@@ -34,14 +34,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
     return v;
 }
 
-__device__ __forceinline__ Weights load_weights(const uint4* words, long piece, int lane) {
-    Weights w;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-        w.vector[i] = load_once(words + (piece * kVectors + i) * kLanes + lane);
-    return w;
-}
-
 // ---- numbers -------------------------------------------------------------------------------
 
 __device__ __forceinline__ float from_half(u16 bits) {
@@ -180,20 +172,44 @@ __device__ __forceinline__ int divide(int n, u32 inverse) {
     return int((unsigned long long)n * inverse >> 31);
 }
 
-// One group's scale and zero point of rows g and g + 8: index = (tile * groups + group) * 8 + g.
+// One group's scale and zero point of rows g and g + 8, at (tile * groups + group) * 8 + g.
 struct GroupBits {
     ScaleBits scale;
     u32 zeros;
 
-    __device__ __forceinline__ void load(const void* scales, const u16* zero_pairs, long index) {
-        scale = __ldg(reinterpret_cast<const ScaleBits*>(scales) + index);
-        if (ASYM) zeros = __ldg(zero_pairs + index);
-    }
     __device__ __forceinline__ Offset offset() const {
         const u32 middle = 1u << (BITS - 1);
         return ASYM ? offset_of(zeros & 0xffu, zeros >> 8) : offset_of(middle, middle);
     }
 };
+
+// One lane's view of a tile. Offsets inside a tile fit 32 bits, which saves instructions.
+struct Tile {
+    const uint4* words;
+    const ScaleBits* scales;
+    const u16* zeros;
+
+    __device__ __forceinline__ Weights piece(int index) const {
+        Weights w;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            w.vector[i] = load_once(words + u32(index * kVectors + i) * kLanes);
+        return w;
+    }
+    __device__ __forceinline__ GroupBits group(int index) const {
+        GroupBits bits;
+        bits.scale = __ldg(scales + u32(index) * 8);
+        if (ASYM) bits.zeros = __ldg(zeros + u32(index) * 8);
+        return bits;
+    }
+};
+
+template <class Args>
+__device__ __forceinline__ Tile tile_of(const Args& a, long tile, int pieces, int lane) {
+    const long groups = tile * a.groups * 8 + lane / 4;
+    return {a.words + tile * pieces * (kVectors * kLanes) + lane,
+            reinterpret_cast<const ScaleBits*>(a.scales) + groups, a.zeros + groups};
+}
 
 // ---- dependent launch (a no-op before compute capability 9.0) --------------------------------
 

@@ -42,18 +42,15 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Fragment& a, u32 b
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void load_stage(Stage& s, const Args& a, int tile, int chunk, int lane) {
+__device__ __forceinline__ void load_stage(Stage& s, const Args& a, const Tile (&tiles)[TILES],
+                                           int chunk) {
+    const int first = GROUP ? chunk * kGroups : divide(chunk, a.chunks_per_group);
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-        const long row = min(tile + r, a.tiles - 1);
 #pragma unroll
-        for (int p = 0; p < PIECES; ++p)
-            s.weights[r][p] =
-                load_weights(a.words, (row * a.chunks + chunk) * PIECES + p, lane);
-        const int first = GROUP ? chunk * kGroups : divide(chunk, a.chunks_per_group);
+        for (int p = 0; p < PIECES; ++p) s.weights[r][p] = tiles[r].piece(chunk * PIECES + p);
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i)
-            s.groups[r][i].load(a.scales, a.zeros, (row * a.groups + first + i) * 8 + lane / 4);
+        for (int i = 0; i < kGroups; ++i) s.groups[r][i] = tiles[r].group(first + i);
     }
 }
 
@@ -138,13 +135,16 @@ gemm(const __grid_constant__ Args a) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     const int slice = warp % SLICES, band = warp / SLICES;
     const int tile0 = blockIdx.y * BANDS * TILES, token0 = blockIdx.x * COLUMNS * 8;
-    const int tile = tile0 + band * TILES;
 
     let_next_kernel_start();
+    Tile tiles[TILES];
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+        tiles[r] = tile_of(a, min(tile0 + band * TILES + r, a.tiles - 1), a.chunks * PIECES, lane);
     Stage stage[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-        if (slice + d * SLICES < a.chunks) load_stage(stage[d], a, tile, slice + d * SLICES, lane);
+        if (slice + d * SLICES < a.chunks) load_stage(stage[d], a, tiles, slice + d * SLICES);
     wait_for_previous_kernel();
 
     const u16* x[COLUMNS];  // columns beyond the last token repeat it and are not stored
@@ -173,7 +173,7 @@ gemm(const __grid_constant__ Args a) {
             load_inputs(inputs, x, chunk);
             accumulate(sum, stage[d], inputs);
 #endif
-            if (next < a.chunks) load_stage(stage[d], a, tile, next, lane);
+            if (next < a.chunks) load_stage(stage[d], a, tiles, next);
         }
     }
 

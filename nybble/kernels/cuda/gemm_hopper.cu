@@ -3,15 +3,17 @@
 //
 // A block owns WARPGROUPS * 64 outputs and TOKENS tokens. K is split over the SPLIT blocks of a
 // cluster, which add up through one another's shared memory. While a piece of 64 inputs is
-// multiplied, the next is unpacked, the weights of DEPTH (even) pieces are on their way to registers
-// and the tokens of BUFFERS - 2 pieces to shared memory.
+// multiplied, the next is unpacked. A chunk is PIECES of them (DEPTH * PIECES is even): the weights
+// of DEPTH chunks are on their way to registers, the tokens of BUFFERS - 2 to shared memory.
 #include "wgmma.cuh"
 
 constexpr int kThreads = WARPGROUPS * 128;
 constexpr int kTiles = WARPGROUPS * 4;
-constexpr int kGroups = GROUP ? kPiece / GROUP : 1;
-constexpr int kBufferBytes = TOKENS * kRowBytes;      // a piece of the tokens; BUFFERS of them
-constexpr int kAhead = BUFFERS - 2;                   // pieces of the tokens that are on their way
+constexpr int kChunk = PIECES * kPiece;
+constexpr int kGroups = GROUP ? kChunk / GROUP : 1;
+constexpr int kPieceBytes = TOKENS * kRowBytes;       // a piece of the tokens
+constexpr int kBufferBytes = PIECES * kPieceBytes;    // a chunk of them; there are BUFFERS
+constexpr int kAhead = BUFFERS - 2;                   // chunks of the tokens that are on their way
 constexpr int kSumRow = kTiles * 16 + 4;  // floats: rows of different tokens meet other banks
 
 struct Args {  // as in gemm.cu
@@ -22,12 +24,12 @@ struct Args {  // as in gemm.cu
     const u16* bias;
     const u16* residual;
     u16* y;
-    int tokens, x_stride, outputs, tiles, pieces, groups;
-    u32 pieces_per_group;
+    int tokens, x_stride, outputs, tiles, chunks, groups;
+    u32 chunks_per_group;
 };
 
 struct Stage {
-    Weights weights;
+    Weights weights[PIECES];
     GroupBits groups[kGroups];
 };
 
@@ -41,23 +43,34 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     return out;
 }
 
-__device__ __forceinline__ void load_stage(Stage& s, const Args& a, long tile, int piece, int lane) {
-    s.weights = load_weights(a.words, tile * a.pieces + piece, lane);
-    const int first = GROUP ? piece * kGroups : divide(piece, a.pieces_per_group);
+__device__ __forceinline__ void load_stage(Stage& s, const Args& a, const Tile& tile, int chunk) {
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i)
-        s.groups[i].load(a.scales, a.zeros, (tile * a.groups + first + i) * 8 + lane / 4);
+    for (int p = 0; p < PIECES; ++p) s.weights[p] = tile.piece(chunk * PIECES + p);
+    const int first = GROUP ? chunk * kGroups : divide(chunk, a.chunks_per_group);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) s.groups[i] = tile.group(first + i);
 }
 
-__device__ __forceinline__ void unpack_scaled(Fragment (&f)[kSteps], const Stage& s) {
+struct ScalePairs { u32 low, high; };
+
+__device__ __forceinline__ ScalePairs scale_pairs(ScaleBits bits) {
+#if SCALE == 16 && !BF16 || SCALE == 17 && BF16
+    return {__byte_perm(bits, 0, 0x1010), __byte_perm(bits, 0, 0x3232)};
+#else
+    const Scale scale = widen(bits);
+    return {pair(scale.low, scale.low), pair(scale.high, scale.high)};
+#endif
+}
+
+__device__ __forceinline__ void unpack_scaled(Fragment (&f)[kSteps], const Stage& s, int piece) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        const GroupBits& bits = s.groups[step * kGroups / kSteps];
-        const Scale scale = widen(bits.scale);
-        const u32 low = pair(scale.low, scale.low), high = pair(scale.high, scale.high);
-        f[step] = unpack(s.weights, step, bits.offset());
+        const GroupBits& bits = s.groups[(piece * kSteps + step) * kGroups / (PIECES * kSteps)];
+        const ScalePairs scale = scale_pairs(bits.scale);
+        f[step] = unpack(s.weights[piece], step, bits.offset());
 #pragma unroll
-        for (int i = 0; i < 4; ++i) f[step].reg[i] = multiply(f[step].reg[i], i % 2 ? high : low);
+        for (int i = 0; i < 4; ++i)
+            f[step].reg[i] = multiply(f[step].reg[i], i % 2 ? scale.high : scale.low);
     }
 }
 
@@ -69,14 +82,17 @@ struct TokenCopy {
     size_t piece_stride;
     u32 buffers, barriers;
 
-    __device__ __forceinline__ void start(int piece, int buffer) const {
+    __device__ __forceinline__ void start(int chunk, int buffer) const {
         const u32 barrier = barriers + buffer * 8;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                      ::"r"(barrier), "n"(kBufferBytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                     "[%0], [%1], %2, [%3];"
-                     ::"r"(buffers + buffer * kBufferBytes), "l"(from + piece * piece_stride),
-                       "n"(kBufferBytes), "r"(barrier) : "memory");
+#pragma unroll
+        for (int p = 0; p < PIECES; ++p)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                         "[%0], [%1], %2, [%3];"
+                         ::"r"(buffers + buffer * kBufferBytes + p * kPieceBytes),
+                           "l"(from + (chunk * PIECES + p) * piece_stride), "n"(kPieceBytes),
+                           "r"(barrier) : "memory");
     }
     __device__ __forceinline__ void wait(int buffer, u32 phase) const {
         asm volatile("{\n.reg .pred done;\n"
@@ -94,11 +110,11 @@ __device__ __forceinline__ void init_barriers(u32 barriers) {
 }
 
 __device__ __forceinline__ void multiply_piece(float (&sum)[TOKENS / 2],
-                                               const Fragment (&f)[kSteps], u32 buffer) {
+                                               const Fragment (&f)[kSteps],
+                                               unsigned long long piece) {
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        wgmma(sum, f[step], descriptor(buffer + step * 32));
+    for (int step = 0; step < kSteps; ++step) wgmma(sum, f[step], piece + (step * 32 >> 4));
     wgmma_commit();
 }
 
@@ -106,42 +122,68 @@ __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// The sum over the cluster's blocks of one float of their shared memory.
-__device__ __forceinline__ float cluster_sum(const float* at) {
+// Sums over the cluster's blocks of four floats of their shared memory.
+__device__ __forceinline__ float4 cluster_sum(const float* at) {
+    if (SPLIT == 1) return *reinterpret_cast<const float4*>(at);
     const u32 local = u32(__cvta_generic_to_shared(at));
-    float total = 0.f;
+    float4 part[SPLIT];  // all on their way before the first is used
 #pragma unroll
     for (int rank = 0; rank < SPLIT; ++rank) {
         u32 remote;
-        float value;
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote));
-        total += value;
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(part[rank].x), "=f"(part[rank].y), "=f"(part[rank].z),
+                       "=f"(part[rank].w) : "r"(remote));
     }
+    float4 total = part[0];
+#pragma unroll
+    for (int rank = 1; rank < SPLIT; ++rank)
+        total = make_float4(total.x + part[rank].x, total.y + part[rank].y,
+                            total.z + part[rank].z, total.w + part[rank].w);
     return total;
 }
 
-__device__ __forceinline__ void store(const Args& a, float value, int token, int output) {
+// Stores four neighbouring outputs of a token, as far as there are so many.
+__device__ __forceinline__ void store(const Args& a, const float (&value)[4], int token, int output) {
     const size_t at = size_t(token) * a.outputs + output;
-    if (a.residual) value += to_float(a.residual[at]);
-    a.y[at] = from_float(value);
+    float sum[4] = {value[0], value[1], value[2], value[3]};
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        if (a.residual && output + e < a.outputs) sum[e] += to_float(a.residual[at + e]);
+    if (a.outputs % 4 == 0) {
+        *reinterpret_cast<uint2*>(a.y + at) = make_uint2(pair(sum[0], sum[1]), pair(sum[2], sum[3]));
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        if (output + e < a.outputs) a.y[at + e] = from_float(sum[e]);
+}
+
+__device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int output, int limit) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        if (output + e < limit) value[e] += to_float(a.bias[output + e]);
 }
 
 // sums: [TOKENS][kSumRow] of each block of the cluster; each block finishes its share of tokens.
 __device__ __forceinline__ void write_block(const Args& a, const float* sums, int tile0, int token0,
                                             int rank) {
     constexpr int kRows = PAIRED ? kTiles * 8 : kTiles * 16;
-    for (int i = threadIdx.x; i < TOKENS / SPLIT * kRows; i += kThreads) {
-        const int row = i % kRows, column = rank * (TOKENS / SPLIT) + i / kRows;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < TOKENS / SPLIT * kRows / 4; i += kThreads) {
+        const int row = i % (kRows / 4) * 4, column = rank * (TOKENS / SPLIT) + i / (kRows / 4);
         const int token = token0 + column, output = tile0 * (PAIRED ? 8 : 16) + row;
         if (token >= a.tokens || output >= a.outputs) continue;
         const float* sum = sums + column * kSumRow + (PAIRED ? row / 8 * 16 + row % 8 : row);
-        float value = cluster_sum(sum);
-        if (a.bias) value += to_float(a.bias[output]);
+        const float4 first = cluster_sum(sum);
+        float value[4] = {first.x, first.y, first.z, first.w};
+        if (a.bias) add_bias(a, value, output, a.outputs);
         if (PAIRED) {
-            float up = cluster_sum(sum + 8);
-            if (a.bias) up += to_float(a.bias[a.outputs + output]);
-            value = value / (1.f + __expf(-value)) * up;
+            const float4 second = cluster_sum(sum + 8);
+            float up[4] = {second.x, second.y, second.z, second.w};
+            if (a.bias) add_bias(a, up, a.outputs + output, 2 * a.outputs);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) value[e] = value[e] / (1.f + __expf(-value[e])) * up[e];
         }
         store(a, value, token, output);
     }
@@ -154,43 +196,53 @@ gemm_hopper(const __grid_constant__ Args a) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     const int rank = blockIdx.x % SPLIT, token0 = blockIdx.x / SPLIT * TOKENS;
     const int tile0 = blockIdx.y * kTiles;
-    const long tile = min(tile0 + warp, a.tiles - 1);
-    const int begin = a.pieces * rank / SPLIT, end = a.pieces * (rank + 1) / SPLIT;
+    const int begin = a.chunks * rank / SPLIT, end = a.chunks * (rank + 1) / SPLIT;
 
     let_next_kernel_start();
     __shared__ unsigned long long barriers[BUFFERS];
     const u32 address = u32(__cvta_generic_to_shared(shared));
     const TokenCopy copy{a.x + size_t(token0) * kPiece, size_t(a.x_stride) * kPiece, address,
                          u32(__cvta_generic_to_shared(barriers))};
+    const unsigned long long first_buffer = descriptor(address);
     const bool orders = threadIdx.x == 0;
     if (orders) init_barriers(copy.barriers);
+    const Tile tile = tile_of(a, min(tile0 + warp, a.tiles - 1), a.chunks * PIECES, lane);
     Stage stage[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-        if (begin + d < end) load_stage(stage[d], a, tile, begin + d, lane);
+        if (begin + d < end) load_stage(stage[d], a, tile, begin + d);
     __syncthreads();
     wait_for_previous_kernel();
     if (orders)
         for (int i = 0; i < kAhead && begin + i < end; ++i) copy.start(begin + i, i);
 
     Fragment f[2][kSteps];
-    unpack_scaled(f[0], stage[0]);
+    unpack_scaled(f[0], stage[0], 0);
     float sum[TOKENS / 2] = {};
     int buffer = 0, refill = kAhead;
     u32 phase = 0;
     for (int base = begin; base < end; base += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
-            const int piece = base + d;
-            if (piece >= end) break;
+            const int chunk = base + d;
+            if (chunk >= end) break;
             copy.wait(buffer, phase);
-            multiply_piece(sum, f[d % 2], address + buffer * kBufferBytes);
-            __syncthreads();  // all have finished with the piece before the last: refill its buffer
-            if (orders && piece + kAhead < end) copy.start(piece + kAhead, refill);
-            if (piece + DEPTH < end) load_stage(stage[d], a, tile, piece + DEPTH, lane);
-            if (piece + 1 < end) {
-                wgmma_wait<1>();  // the piece before: its registers are free
-                unpack_scaled(f[(d + 1) % 2], stage[(d + 1) % DEPTH]);
+            const unsigned long long tokens = first_buffer + (buffer * kBufferBytes >> 4);
+#pragma unroll
+            for (int p = 0; p < PIECES; ++p) {
+                const int i = (d * PIECES + p) % 2;
+                multiply_piece(sum, f[i], tokens + (p * kPieceBytes >> 4));
+                if (p == 0) {  // all have finished with the chunk before the last: refill its buffer
+                    __syncthreads();
+                    if (orders && chunk + kAhead < end) copy.start(chunk + kAhead, refill);
+                }
+                if (p == PIECES - 1 && chunk + DEPTH < end)
+                    load_stage(stage[d], a, tile, chunk + DEPTH);
+                if (p < PIECES - 1 || chunk + 1 < end) {
+                    wgmma_wait<1>();  // the piece before: its registers are free
+                    const int next = d * PIECES + p + 1;
+                    unpack_scaled(f[1 - i], stage[next / PIECES % DEPTH], next % PIECES);
+                }
             }
             refill = refill == BUFFERS - 1 ? 0 : refill + 1;
             if (++buffer == BUFFERS) buffer = 0, phase ^= 1;

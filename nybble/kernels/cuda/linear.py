@@ -11,7 +11,16 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels.cuda.launch import Kernel, kernel
 from nybble.kernels.cuda.packing import PIECE, TILE, PackedMatrix, pack
-from nybble.kernels.cuda.plans import HopperPlan, Plan, group_define, inverse, plan_for
+from nybble.kernels.cuda.plans import (
+    Gpu,
+    HopperPlan,
+    Layout,
+    Plan,
+    fitted,
+    group_define,
+    inverse,
+    plan_for,
+)
 from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
@@ -86,8 +95,10 @@ class CudaLinear:
         self._bias = None if bias is None else bias.to(self.device, dtype).contiguous()
         properties = torch.cuda.get_device_properties(self.device)
         self._dependent = properties.major >= 9 if dependent is None else dependent
-        self._multiprocessors = properties.multi_processor_count
-        self._plan = plan
+        self._gpu = Gpu(properties.multi_processor_count, hopper=properties.major == 9)
+        self._layout = _layout(packed, dtype)
+        self._plan = None if plan is None else fitted(plan, self._layout)
+        self._kernels: dict[Plan | str, Kernel] = {}
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (tokens, K); residual like the result, added to it in fp32."""
@@ -95,7 +106,7 @@ class CudaLinear:
         tokens = x.shape[0]
         if tokens == 0:
             return x.new_empty(0, self.outputs)
-        plan = self._plan or plan_for(tokens, self.matrix, self._multiprocessors)
+        plan = self._plan or plan_for(tokens, self._layout, self._gpu)
         if plan is None:
             return self._dense_product(self._plain_inputs(x), residual)
         if isinstance(plan, HopperPlan):
@@ -173,9 +184,12 @@ class CudaLinear:
             *(tokens, stride, self.outputs, m.tiles),
             *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
         )
-        defines = {**plan.defines(), "GROUP": group_define(m, plan.pieces)}
-        run = self._kernel(f"{plan.name}.cu", plan.name, defines, plan.shared_bytes)
-        run.launch(plan.grid(tokens, m.tiles), plan.threads, arguments, dependent=self._dependent)
+        if plan not in self._kernels:
+            self._kernels[plan] = self._kernel(
+                plan.name, plan.name, plan.pieces, plan.defines(), plan.shared_bytes
+            )
+        grid = plan.grid(tokens, m.tiles)
+        self._kernels[plan].launch(grid, plan.threads, arguments, dependent=self._dependent)
         return y
 
     def _dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -232,8 +246,14 @@ class CudaLinear:
         arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
         self._launch("silu_mul", (x.shape[0], -(-y.shape[1] // _THREADS)), arguments)
 
+    def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
+        """One of the kernels in dense.cu."""
+        if name not in self._kernels:
+            self._kernels[name] = self._kernel("dense", name, 1, {}, 0)
+        self._kernels[name].launch(grid, _THREADS, arguments, dependent=self._dependent)
+
     def _kernel(
-        self, source: str, name: str, extra: dict[str, int], shared_bytes: int = 0
+        self, source: str, name: str, pieces: int, shape: dict[str, int], shared_bytes: int
     ) -> Kernel:
         m = self.matrix
         defines = {
@@ -242,13 +262,22 @@ class CudaLinear:
             "SCALE": _SCALE_CODES[m.scales.dtype],
             "ASYM": int(m.zeros is not None),
             "PAIRED": int(m.paired),
-            **extra,
+            "GROUP": group_define(self._layout, pieces),
+            **shape,
         }
-        return kernel(source, name, tuple(sorted(defines.items())), self.device, shared_bytes)
+        items = tuple(sorted(defines.items()))
+        return kernel(f"{source}.cu", name, items, self.device, shared_bytes)
 
-    def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
-        run = self._kernel("dense.cu", name, {"GROUP": group_define(self.matrix, 1)})
-        run.launch(grid, _THREADS, arguments, dependent=self._dependent)
+
+def _layout(matrix: PackedMatrix, dtype: torch.dtype) -> Layout:
+    return Layout(
+        bits=matrix.bits,
+        rows=matrix.rows,
+        tiles=matrix.tiles,
+        groups=matrix.groups,
+        group_size=matrix.group_size,
+        exact_scales=dtype == torch.bfloat16 or matrix.scales.dtype == torch.float16,
+    )
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,30 @@
-"""Which kernel, in which shape, serves which batch: a table, measured on an H100."""
+"""Which kernel, in which shape, serves which batch: candidates and costs, measured on an H100."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
-from nybble.kernels.cuda.packing import PIECE, SHORT_GROUPS, PackedMatrix
+from nybble.kernels.cuda.packing import PIECE, SHORT_GROUPS
 
 COLUMN = 8  # tokens of one mma
+
+
+class Layout(NamedTuple):
+    """What a plan needs to know of a packed matrix."""
+
+    bits: int
+    rows: int
+    tiles: int
+    groups: int
+    group_size: int
+    exact_scales: bool  # the activations' type holds the scales without overflow
+
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    hopper: bool
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class MmaPlan:
     pieces: int = 2
 
     name: ClassVar[str] = "gemm"
+    overhead: ClassVar[int] = 1  # start and end of a block, in steps of 128 inputs
     shared_bytes: ClassVar[int] = 0
 
     @property
@@ -57,12 +75,13 @@ class HopperPlan:
     tokens: int
     warpgroups: int = 2
     split: int = 1
-    depth: int = 4
-    buffers: int = 5
+    depth: int = 2
+    buffers: int = 4
     min_blocks: int = 1
+    pieces: int = 2
 
     name: ClassVar[str] = "gemm_hopper"
-    pieces: ClassVar[int] = 1
+    overhead: ClassVar[int] = 5
 
     @property
     def threads(self) -> int:
@@ -71,7 +90,7 @@ class HopperPlan:
     @property
     def shared_bytes(self) -> int:
         """The buffers of tokens, later the sums of the block, rows padded by four floats."""
-        inputs = self.buffers * self.tokens * PIECE * 2
+        inputs = self.buffers * self.pieces * self.tokens * PIECE * 2
         return max(inputs, self.tokens * (64 * self.warpgroups + 4) * 4)
 
     def grid(self, tokens: int, tiles: int) -> tuple[int, int]:
@@ -85,29 +104,65 @@ class HopperPlan:
             "DEPTH": self.depth,
             "BUFFERS": self.buffers,
             "MIN_BLOCKS": self.min_blocks,
+            "PIECES": self.pieces,
         }
 
 
 Plan = MmaPlan | HopperPlan
 
-# The first row that takes the batch is used; beyond the last, dequantise and call cuBLAS.
-_MMA_TABLE: tuple[tuple[int, MmaPlan], ...] = (
-    (8, MmaPlan(columns=1)),
-    (16, MmaPlan(columns=2, tiles=2, min_blocks=2)),
-    (32, MmaPlan(columns=4, tiles=2, slices=4, min_blocks=2)),
-    (128, MmaPlan(columns=8, tiles=2, slices=4, depth=1, min_blocks=2)),
+# Up to so many tokens: candidates, each with the time that a block takes for 128 inputs (in units
+# that compare within a row). docs/decisions/003 has the measurements.
+_Table = tuple[tuple[int, tuple[tuple[float, Plan], ...]], ...]
+
+_ONE_COLUMN = MmaPlan(columns=1)
+_TWO_COLUMNS = (
+    (1.0, MmaPlan(columns=2, tiles=2, min_blocks=2)),
+    (1.0, MmaPlan(columns=2, tiles=2, slices=4)),
+)
+_MMA: _Table = (
+    (8, ((1.0, _ONE_COLUMN),)),
+    (16, _TWO_COLUMNS),
+    (32, ((1.0, MmaPlan(columns=4, tiles=2, slices=4, min_blocks=2)),)),
+    (128, ((1.0, MmaPlan(columns=8, tiles=2, slices=4, depth=1, min_blocks=2)),)),
+)
+_LARGE = tuple(
+    (1.18, HopperPlan(128, warpgroups=3, split=split, depth=3 if split == 1 else 2))
+    for split in (1, 2, 4)
+)
+_WIDE_64 = (1.08, HopperPlan(64, split=2, depth=4, buffers=5, min_blocks=2))
+_HOPPER: _Table = (
+    *_MMA[:2],
+    (32, ((1.0, HopperPlan(32, warpgroups=1, split=4, depth=3, min_blocks=4)),)),
+    (
+        64,
+        (
+            (0.77, HopperPlan(64, warpgroups=1, split=2, depth=4, buffers=5, min_blocks=2)),
+            _WIDE_64,
+        ),
+    ),
+    (128, (_WIDE_64, *_LARGE)),
+    (1024, _LARGE),
+)
+ALL_PLANS = tuple(
+    dict.fromkeys(plan for table in (_MMA, _HOPPER) for _, row in table for _, plan in row)
 )
 
 
-def plan_for(tokens: int, matrix: PackedMatrix, multiprocessors: int) -> Plan | None:
+@lru_cache(maxsize=4096)
+def plan_for(tokens: int, layout: Layout, gpu: Gpu) -> Plan | None:
     """The kernel's shape for this batch, or None where cuBLAS on dequantised weights is faster."""
-    return next((_fitted(plan, matrix) for most, plan in _MMA_TABLE if tokens <= most), None)
+    table = _HOPPER if gpu.hopper and layout.exact_scales else _MMA
+    candidates = next((row for most, row in table if tokens <= most), None)
+    if candidates is None:
+        return None
+    _, plan = min(candidates, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))
+    return fitted(plan, layout)
 
 
-def group_define(matrix: PackedMatrix, pieces: int) -> int:
+def group_define(layout: Layout, pieces: int) -> int:
     """GROUP of the kernels: the group size if a chunk of `pieces` holds whole groups, else 0."""
-    short = matrix.group_size in SHORT_GROUPS and matrix.groups > 1
-    return matrix.group_size if short and matrix.group_size <= pieces * PIECE else 0
+    short = layout.group_size in SHORT_GROUPS and layout.groups > 1
+    return layout.group_size if short and layout.group_size <= pieces * PIECE else 0
 
 
 def inverse(divisor: int) -> int:
@@ -115,10 +170,26 @@ def inverse(divisor: int) -> int:
     return 2**31 // divisor + 1
 
 
-def _fitted(plan: MmaPlan, matrix: PackedMatrix) -> MmaPlan:
-    """Chunks must not straddle groups, nor end beyond the matrix."""
-    chunk = plan.pieces * PIECE
-    whole = matrix.rows % chunk == 0 and (
-        matrix.groups == 1 or matrix.group_size % chunk == 0 or chunk % matrix.group_size == 0
+def fitted(plan: Plan, layout: Layout) -> Plan:
+    """The plan for this matrix: chunks must not straddle groups, nor end beyond the matrix.
+
+    Codes of 8 bits fill twice the registers: half as many chunks of them are kept on their way.
+    """
+    chunk, size = plan.pieces * PIECE, layout.group_size
+    whole = layout.rows % chunk == 0 and (
+        layout.groups == 1 or size % chunk == 0 or chunk % size == 0
     )
-    return plan if whole else replace(plan, pieces=1)
+    if isinstance(plan, MmaPlan):
+        return plan if whole and layout.bits == 4 else replace(plan, pieces=1)
+    depth = plan.depth if layout.bits == 4 else -(-plan.depth // 2)
+    if whole:
+        return replace(plan, depth=depth)
+    return replace(plan, pieces=1, depth=2 * depth)  # the kernel wants an even number of pieces
+
+
+def _block_steps(plan: Plan, tokens: int, layout: Layout, gpu: Gpu) -> float:
+    """How long the longest multiprocessor works, in steps of 128 inputs of one block."""
+    across, down = plan.grid(tokens, layout.tiles)
+    waves = -(-across * down // (gpu.multiprocessors * plan.min_blocks))
+    parts = plan.split if isinstance(plan, HopperPlan) else plan.slices
+    return waves * (layout.rows / 128 / parts + plan.overhead)
