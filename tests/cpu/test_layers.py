@@ -19,7 +19,7 @@ LAYERS = [
     {"demo", "outputs", "memory"},
     {"resolve"},
     {"llm"},
-    {"compat"},
+    {"compat", "measure"},
     {"cli"},
     {"__main__"},
 ]
