@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nybble.cli import console
 from nybble.cli.errors import CommandGroup, report_bug
-from nybble.cli.options import SAMPLING_DEFAULTS, Model, Running, Sampling, expand_options
+from nybble.cli.options import SAMPLING_DEFAULTS, Measured, Model, Running, Sampling, expand_options
+from nybble.cli.quantize import Calibration, Format, Work
+
+Text = Annotated[Path, typer.Option(help="A UTF-8 text that the model has not been fitted to.")]
+Window = Annotated[int, typer.Option(help="Tokens that are predicted from one another.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -131,3 +137,49 @@ def doctor(
     from nybble.cli.doctor import run
 
     run(as_json)
+
+
+@app.command()
+@expand_options
+def quantize(
+    source: Model,
+    target: Annotated[Path, typer.Argument(help="The folder to write; new, or empty.")],
+    as_json: AsJson = False,
+    *,
+    form: Format,
+    calibration: Calibration,
+    work: Work,
+) -> None:
+    """Turn a 16-bit model into a GPTQ checkpoint. Run again after a crash, it goes on."""
+    from nybble.cli.quantize import run
+
+    run(source, target, form, calibration, work, as_json)
+
+
+@app.command()
+@expand_options
+def perplexity(
+    model: Model, text: Text, window: Window = 1024, as_json: AsJson = False, *, running: Measured
+) -> None:
+    """Measure how well a model predicts a text, in windows that do not overlap."""
+    from nybble.cli.measuring import perplexity
+
+    perplexity(model, text, window, running, as_json)
+
+
+@app.command()
+@expand_options
+def compare(
+    base: Model,
+    quant: Model,
+    text: Text,
+    window: Window = 1024,
+    plot: Annotated[Path | None, typer.Option(help="Draw each layer's error as PNG.")] = None,
+    as_json: AsJson = False,
+    *,
+    running: Measured,
+) -> None:
+    """Measure what quantising cost: perplexity, divergence, agreement and size."""
+    from nybble.cli.measuring import compare
+
+    compare(base, quant, text, window, running, plot, as_json)

@@ -61,7 +61,8 @@ def use_utf8() -> None:
 class ProgressBar:
     """A bar on stderr for each thing being done, where stderr is a terminal.
 
-    Call it with (what, done, total); it appears with the first call and leaves nothing behind.
+    Call it with (what, done, total) and, where there is more to say of the moment, a detail; it
+    appears with the first call and leaves nothing behind.
     """
 
     def __init__(self) -> None:
@@ -80,14 +81,17 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
         if not sys.stderr.isatty():
             return
         if self._progress is None:
             self._progress = self._start()
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+        description = f"{what} {detail}".rstrip()
+        self._progress.update(
+            self._tasks[what], completed=done, total=total, description=description
+        )
 
     @staticmethod
     def _start() -> Progress:

@@ -84,6 +84,15 @@ class Running:
     threads: Annotated[int | None, _option("CPU threads.")] = None
 
 
+@dataclass(frozen=True)
+class Measured(Running):
+    """The same for commands that measure: the checkpoint itself, unless kernels are asked for."""
+
+    dtype: Annotated[
+        str, _option("float32: the model, exactly; auto: what the fastest kernels make of it.")
+    ] = "float32"
+
+
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give each field of a command's dataclass parameters an option of its own.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nybble.checkpoint import CheckpointWriter
 
@@ -20,7 +21,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,
-    "vocab_size": 120,
+    "vocab_size": 264,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
@@ -47,7 +48,7 @@ def llama(tmp_path: Path) -> Path:
     folder = tmp_path / "llama"
     with CheckpointWriter(folder) as writer:
         writer.add_json("config.json", LLAMA)
-        writer.add("model.embed_tokens.weight", random(120, 64) * 3)
+        writer.add("model.embed_tokens.weight", random(264, 64) * 3)
         for index in range(3):
             layer = f"model.layers.{index}."
             for name, shape in {
@@ -64,6 +65,17 @@ def llama(tmp_path: Path) -> Path:
                 writer.add(f"{layer}{name}.weight", 1 + random(64))
         writer.add("model.norm.weight", 1 + random(64))
     return folder
+
+
+@pytest.fixture
+def speaking_llama(llama: Path) -> Path:
+    """The same with a tokenizer of single bytes, and texts to measure on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(llama / "tokenizer.json"))
+    return llama
 
 
 @pytest.fixture

@@ -270,8 +270,8 @@ def test_empty_calibration_is_refused(llama, tmp_path, bad, match):
 
 
 def test_ids_of_another_tokenizer_are_refused(llama, tmp_path):
-    with pytest.raises(ConfigError, match="vocabulary of 120"):
-        quantize_checkpoint(llama, tmp_path / "out", INT4, [[1, 2, 120]])
+    with pytest.raises(ConfigError, match="vocabulary of 264"):
+        quantize_checkpoint(llama, tmp_path / "out", INT4, [[1, 2, 264]])
 
 
 def test_a_full_disk_leaves_the_finished_layers(llama, tmp_path, windows, monkeypatch):
