@@ -16,7 +16,12 @@ class Kernel:
     """One kernel of one device. Its single argument is a structure, passed by value."""
 
     def __init__(
-        self, source: str, name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int
+        self,
+        source: str,
+        name: str,
+        defines: tuple[tuple[str, int], ...],
+        shared_bytes: int,
+        index: int,
     ) -> None:
         driver = binding("driver")
         torch.cuda.current_stream().synchronize()  # makes torch's context current
@@ -29,6 +34,7 @@ class Kernel:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
         self._driver = driver
+        self._index = index
 
     def launch(
         self,
@@ -45,7 +51,7 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch.cuda.current_stream(self._index).cuda_stream
         attributes = [_programmatic(driver)] if dependent else []
         config.attrs, config.numAttrs = attributes, len(attributes)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
@@ -72,7 +78,7 @@ def _loaded(
     source: str, name: str, defines: tuple[tuple[str, int], ...], index: int, shared_bytes: int
 ) -> Kernel:
     with torch.cuda.device(index):
-        return Kernel(source, name, defines, shared_bytes)
+        return Kernel(source, name, defines, shared_bytes, index)
 
 
 @cache
