@@ -15,7 +15,7 @@ import torch
 from nybble.config import QuantConfig
 
 # Fractions of the min-max range. Clipping a few outliers often costs less than coarse steps.
-_SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))
+_SHRINKS = tuple(1.0 - 0.04 * step for step in range(13))
 _SMALLEST = torch.finfo(torch.float16).tiny
 
 
@@ -29,19 +29,21 @@ def search_grid(
     """
     top = 2**config.bits - 1
     cost = weights[:, None] / weights.mean()
-    best = torch.full_like(group[0], torch.inf)
+    weighted = cost * group
+    best = torch.full_like(group[0], -torch.inf)
     best_scale, best_zero = torch.ones_like(best), torch.zeros_like(best)
     for scale, zero in _candidates(group, config):
-        codes = round_to_grid(group, scale, zero, top) - zero
-        fitted = fp16_scale((cost * group * codes).sum(0) / (cost * codes * codes).sum(0))
-        for choice in (scale, torch.where(fitted.isfinite(), fitted, scale)):
-            codes = round_to_grid(group, choice, zero, top) - zero
-            error = (cost * (group - choice * codes).square()).sum(0)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale = torch.where(better, choice, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        levels = round_to_grid(group, scale, zero, top).sub_(zero)
+        overlap = (weighted * levels).sum(0)
+        power = (cost * levels.square_()).sum(0)
+        # With its least-squares scale overlap / power, the codes leave |group|^2 less this:
+        explained = torch.where(power > 0, overlap.square() / power, 0.0)
+        better = explained > best
+        best = torch.where(better, explained, best)
+        fitted = torch.where(power > 0, overlap / power, scale)
+        best_scale = torch.where(better, fitted, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return fp16_scale(best_scale), best_zero
 
 
 def round_to_grid(

@@ -46,7 +46,7 @@ def write_folder(
         for path in _sidecars(checkpoint.folder):
             writer.add_file(path)
         document = read_json(checkpoint.folder / "config.json")
-        document["quantization_config"] = _quantization_config(quant, report)
+        document["quantization_config"] = quantization_config(quant)
         writer.add_json("config.json", document)
         report = replace(report, target_bytes=size)
         writer.add_json(REPORT_NAME, report.lasting())
@@ -80,7 +80,7 @@ def _sidecars(folder: Path) -> list[Path]:
     )
 
 
-def _quantization_config(quant: QuantConfig, report: Report) -> dict[str, object]:
+def quantization_config(quant: QuantConfig) -> dict[str, object]:
     """The section of config.json that readers of GPTQ checkpoints expect."""
     return {
         "quant_method": "gptq",
@@ -89,7 +89,6 @@ def _quantization_config(quant: QuantConfig, report: Report) -> dict[str, object
         "desc_act": quant.desc_act,
         "sym": quant.sym,
         "true_sequential": True,
-        "damp_percent": report.settings["solver"]["damp"],
         "lm_head": False,
         "checkpoint_format": quant.checkpoint_format,
     }

@@ -15,7 +15,7 @@ from nybble.cli.info import collect
 from nybble.cli.layout import count, size, table
 from nybble.config import QuantConfig
 from nybble.errors import ConfigError
-from nybble.gptq.rtn import quantize_folder
+from nybble.gptq.run import quantize_checkpoint
 
 TOY = Path(__file__).parents[2] / "data" / "qwen1-plain"
 
@@ -52,7 +52,7 @@ def test_info_reads_no_weight(tmp_path: Path) -> None:
 
 def test_info_tells_the_dialect_and_what_fits(tmp_path: Path) -> None:
     config = QuantConfig(4, 32, desc_act=False, sym=True, checkpoint_format="gptq")
-    quantize_folder(TOY, tmp_path / "toy", config)
+    quantize_checkpoint(TOY, tmp_path / "toy", config, [list(range(64))])
     memories = [machine.Memory("RAM", 10**9, 2 * 10**9), machine.Memory("GPU", 1000, 2000)]
     facts = collect(tmp_path / "toy", memories)
     assert facts["parameters"] == collect(TOY, [])["parameters"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.config import QuantConfig
 from nybble.errors import CheckpointError
-from nybble.gptq.rtn import quantization_config
+from nybble.gptq.output import quantization_config
 from nybble.quant.gptq import write_tensors
 
 IDS = list(range(20, 60))
