@@ -14,6 +14,7 @@ Steps 2 and 3 are one routine, `round_with_feedback`, given two different matric
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,12 +149,13 @@ def round_with_feedback(
     errors: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    groups: Sequence[int],
     top: int,
 ) -> torch.Tensor:
     """Round each row k of weight (K, N) at weight[k] + sum_j feedback[j, k] * errors[j].
 
-    scales and zeros (K, N) are those of each row. `errors` (K, N) is weight - rounded, updated
-    in place as rows are done. Returns the codes (K, N) as floats.
+    scales and zeros (G, N); groups: the group of each row. `errors` (K, N) is weight - rounded,
+    updated in place as rows are done. Returns the codes (K, N) as floats.
     """
     codes = torch.empty_like(weight)
     for start in range(0, len(weight), _BLOCK):
@@ -161,8 +163,9 @@ def round_with_feedback(
         # What errors outside the block contribute is one product; inside, row by row.
         target = weight[block] + feedback[:, block].t() @ errors
         for k in range(block.start, block.stop):
-            code = round_to_grid(target[k - start], scales[k], zeros[k], top)
-            error = weight[k] - scales[k] * (code - zeros[k])
+            scale, zero = scales[groups[k]], zeros[groups[k]]
+            code = round_to_grid(target[k - start], scale, zero, top)
+            error = weight[k] - scale * (code - zero)
             target[k - start + 1 :].addr_(feedback[k, k + 1 : block.stop], error - errors[k])
             errors[k], codes[k] = error, code
     return codes
@@ -215,10 +218,10 @@ class _Rounding:
     def _pass(
         self, feedback: torch.Tensor, errors: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        order, groups = self.order, self.g_idx[self.order]
+        order, groups = self.order, self.g_idx[self.order].tolist()
         errors = errors[order]
         sorted_codes = round_with_feedback(
-            self.target[order], feedback, errors, scales[groups], self.zeros[groups], self.top
+            self.target[order], feedback, errors, scales, self.zeros, groups, self.top
         )
         codes, unsorted = torch.empty_like(sorted_codes), torch.empty_like(errors)
         codes[order], unsorted[order] = sorted_codes, errors
