@@ -8,7 +8,7 @@ from nybble.gptq import bench
 
 
 def test_the_benchmark_runs(monkeypatch, capsys):
-    sizes = "--hidden 128 --intermediate 192 --samples 2 --length 64 --sweeps 1".split()
+    sizes = ["--hidden", "128", "--intermediate", "192", "--samples", "2", "--length", "64"]
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", *sizes])
     bench.main()
     printed = capsys.readouterr().out
