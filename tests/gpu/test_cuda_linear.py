@@ -9,6 +9,7 @@ import torch
 
 from nybble.errors import ConfigError
 from nybble.kernels import ref
+from nybble.kernels.cuda import linear as cuda_linear
 from nybble.kernels.cuda.linear import CudaLinear
 from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan
 from nybble.kernels.cuda.samples import random_matrix
@@ -155,6 +156,19 @@ def test_bias_and_residual(tokens, paired, random):
     want = silu_mul(want) if paired else want
     assert_close(linear(x), want)
     assert_close(linear(x, residual), want + residual.double())
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_dense_product_in_slabs(paired, random, monkeypatch):
+    monkeypatch.setattr(cuda_linear, "_SLAB_BYTES", 3 * 16 * 256 * 2)  # three tiles of this matrix
+    matrix = random_matrix(256, 200, random=random)
+    bias = torch.randn(200, device="cuda").half()
+    linear = CudaLinear(matrix, bias, paired=paired)
+    x = inputs_for(matrix, 1500, torch.float16)
+    residual = torch.randn(1500, linear.outputs, device="cuda").half()
+    want = product(x, matrix) + bias.double()
+    want = (silu_mul(want) if paired else want) + residual.double()
+    assert_close(linear(x, residual), want)
 
 
 def test_permuted_inputs_with_padding(random):

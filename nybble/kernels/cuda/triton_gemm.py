@@ -6,8 +6,6 @@ Triton's interpreter (TRITON_INTERPRET=1), where the CI tests it on small shapes
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,23 +20,23 @@ _WANTED_BLOCKS = 512  # a small batch splits K until the grid has about so many
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _gemm(  # noqa: PLR0913
-    x: Any,
-    words: Any,
-    scales: Any,
-    zeros: Any,
-    sums: Any,
-    tokens: Any,
-    outputs: Any,
-    inputs: Any,
-    group_size: Any,
-    steps: Any,
+def _gemm(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    x,
+    words,
+    scales,
+    zeros,
+    sums,
+    tokens,
+    outputs,
+    inputs,
+    group_size,
+    steps,
     bits: tl.constexpr,
     asym: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-) -> None:
+):
     """One slice of K of one block of y, in fp32: sums is (slices, tokens, outputs)."""
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)

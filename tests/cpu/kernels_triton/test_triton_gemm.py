@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed")
 
 from nybble.errors import ConfigError

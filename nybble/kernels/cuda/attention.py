@@ -1,0 +1,286 @@
+"""Attention over a paged cache: its writes, one new token a sequence, and many new tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from nybble.errors import CapacityError, ConfigError
+from nybble.kernels.backend import Batch, KVLayer
+from nybble.kernels.cuda.launch import Kernel, kernel
+
+HEAD_DIMS = (64, 128)
+KINDS = {"float16": 16, "bfloat16": 17, "int8": 8, "int4": 4}  # KV of attention.cuh
+
+_LOG2_E = math.log2(math.e)
+_KEY_GROUP = 64  # kGroup of attention.cuh
+_HEADS = 8  # query heads of a decode block
+_UNITS = 1 << 16  # most (sequence, tile of heads) pairs of a step
+_QUERIES, _KEYS = 128, 64  # of a prefill block and its tiles
+_ROPE_WARPS = 8
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("pages", "starts", "lengths")),
+        *((name, ctypes.c_int) for name in ("page_stride", "kv_heads")),
+    )
+
+
+class _DecodeArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        *((name, ctypes.c_void_p) for name in ("q", "out", "parts", "finished")),
+        *((name, ctypes.c_int) for name in ("heads", "head_tiles", "splits")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _PrefillArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        *((name, ctypes.c_void_p) for name in ("q", "out")),
+        *((name, ctypes.c_int) for name in ("heads", "query_tiles")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _RopeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "slots", "q_out")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_long) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads")),
+    )
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Compile-time shape of attention_decode.cu; its opening comment says what the names mean.
+
+    min_blocks: blocks that run on a multiprocessor at a time.
+    """
+
+    tile: int
+    stages: int = 3
+    warps: int = 4
+    min_blocks: int = 3
+
+    def defines(self) -> dict[str, int]:
+        return {
+            "TILE": self.tile,
+            "STAGES": self.stages,
+            "WARPS": self.warps,
+            "MIN_BLOCKS": self.min_blocks,
+        }
+
+    def shared_bytes(self, kind: str, head_dim: int) -> int:
+        """kStageBytes of attention_decode.cu, for every warp and stage."""
+        row = row_bytes(kind, head_dim)
+        if kind == "int8":
+            key_padding = 0 if row % 128 else 64
+        elif kind == "int4":
+            key_padding = 0 if row % 64 else 32
+        else:
+            key_padding = 16
+        stage = self.tile * (2 * row + key_padding + 16 + 2 * _scale_bytes(kind, head_dim))
+        return self.warps * self.stages * stage
+
+
+# Measured on an H100: docs/decisions/006-gpu-attention.md.
+DECODE_PLANS = {
+    "float16": DecodePlan(tile=16, min_blocks=2),
+    "bfloat16": DecodePlan(tile=16, min_blocks=2),
+    "int8": DecodePlan(tile=16),
+    "int4": DecodePlan(tile=32),
+}
+
+
+def row_bytes(kind: str, head_dim: int) -> int:
+    """Bytes of one head's key or value, without scales."""
+    return head_dim * {"int8": 8, "int4": 4}.get(kind, 16) // 8
+
+
+def _scale_bytes(kind: str, head_dim: int) -> int:
+    return {"int8": 2, "int4": 4 * (head_dim // _KEY_GROUP)}.get(kind, 0)
+
+
+@cache
+def split_count(units: int, most_tiles: int, places: int) -> int:
+    """Into how many parts the keys of each unit are split, so that `places` blocks are busy.
+
+    units: (sequence, tile of heads) pairs; most_tiles: of keys, of the longest sequence, in
+    portions worth a block of their own.
+    """
+    most = max(1, min(most_tiles, 2 * places // max(units, 1)))
+
+    def time(splits: int) -> float:
+        return math.ceil(units * splits / places) / splits + 0.002 * splits
+
+    return min(range(1, most + 1), key=time)
+
+
+class PagedAttention:
+    """The kernels of one device. Activations are fp16 or bf16, caches any of KINDS.
+
+    All launches go to torch's current stream and read no device value on the host, so they can be
+    captured in a CUDA graph once one call with the same kind of cache was made. Two streams must
+    not run attention of one instance at the same time: its parts are counted in one place.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        plans: dict[str, DecodePlan] | None = None,
+        dependent: bool | None = None,
+    ) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.device, self.dtype = device, dtype
+        self._plans = DECODE_PLANS if plans is None else plans
+        self._multiprocessors = properties.multi_processor_count
+        self._shared = properties.shared_memory_per_multiprocessor
+        self._dependent = properties.major >= 9 if dependent is None else dependent
+        self._finished = torch.zeros(_UNITS, dtype=torch.int32, device=device)
+
+    def rope_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """See Backend.rope_store."""
+        self._check(q, layer)
+        q, k, v = (_heads_in_a_row(x) for x in (q, k, v))
+        tokens, heads, head_dim = q.shape
+        out = torch.empty(tokens, heads, head_dim, dtype=self.dtype, device=self.device)
+        if tokens == 0:
+            return out
+        arguments = _RopeArguments(
+            *_pointers(q, k, v, cos.contiguous(), sin.contiguous(), batch.slots, out),
+            *_pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
+            *(q.stride(0), k.stride(0), v.stride(0)),
+            *(tokens, heads, k.shape[1]),
+        )
+        blocks = -(-tokens * (heads + 2 * k.shape[1]) // _ROPE_WARPS)
+        run = self._kernel("rope_store", layer, {})
+        run.launch((blocks, 1), 32 * _ROPE_WARPS, arguments, dependent=self._dependent)
+        return out
+
+    def __call__(self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float) -> torch.Tensor:
+        """See Backend.attention."""
+        q = q.to(self.dtype).contiguous()
+        self._check(q, layer)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        if batch.max_query > 1:
+            self._prefill(q, layer, batch, scale, out)
+        # Each kernel passes over the sequences of the other; one sequence has no other.
+        if batch.max_query == 1 or len(batch.lengths) > 1:
+            self._decode(q, layer, batch, scale, out)
+        return out
+
+    def _decode(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, out: torch.Tensor
+    ) -> None:
+        plan = self._plans[layer.kind]
+        _, heads, head_dim = q.shape
+        kv_heads, sequences = layer.keys.shape[1], len(batch.lengths)
+        head_tiles = -(-(heads // kv_heads) // _HEADS)
+        units = sequences * kv_heads * head_tiles
+        if units > _UNITS:
+            raise CapacityError(
+                f"A step of {sequences} sequences is more than the attention kernel counts: "
+                f"run at most {_UNITS // (kv_heads * head_tiles)} at a time."
+            )
+        shared_bytes = plan.shared_bytes(layer.kind, head_dim)
+        # Each block of a multiprocessor also takes a kilobyte of the system's.
+        held = min(plan.min_blocks, max(1, self._shared // (shared_bytes + 1024)))
+        portions = -(-batch.max_length // (2 * plan.warps * plan.tile))
+        splits = split_count(units, portions, self._multiprocessors * held)
+        parts = torch.empty(
+            sequences * heads * splits * (head_dim + 2) if splits > 1 else 1,
+            dtype=torch.float32,
+            device=self.device,
+        )
+        arguments = _DecodeArguments(
+            _cache_of(layer, batch),
+            *_pointers(q, out, parts, self._finished),
+            *(heads, head_tiles, splits, scale * _LOG2_E),
+        )
+        run = self._kernel("attention_decode", layer, plan.defines(), shared_bytes)
+        run.launch((units * splits, 1), 32 * plan.warps, arguments, dependent=self._dependent)
+
+    def _prefill(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, out: torch.Tensor
+    ) -> None:
+        _, heads, head_dim = q.shape
+        query_tiles = -(-batch.max_query // _QUERIES)
+        stride = head_dim * 2 + 16
+        if layer.key_scales is None:
+            shared_bytes = (_QUERIES + 4 * _KEYS) * stride
+        else:
+            codes = 2 * _KEYS * row_bytes(layer.kind, head_dim)
+            shared_bytes = (_QUERIES + 2 * _KEYS) * stride + codes
+        arguments = _PrefillArguments(
+            _cache_of(layer, batch), *_pointers(q, out), heads, query_tiles, scale * _LOG2_E
+        )
+        run = self._kernel("attention_prefill", layer, {}, shared_bytes)
+        blocks = query_tiles * heads * len(batch.lengths)
+        run.launch((blocks, 1), 128, arguments, dependent=self._dependent)
+
+    def _check(self, q: torch.Tensor, layer: KVLayer) -> None:
+        if q.shape[-1] not in HEAD_DIMS:
+            raise ConfigError(
+                f"The CUDA attention takes heads of {' or '.join(map(str, HEAD_DIMS))} "
+                f"dimensions, not {q.shape[-1]}: run this model with the 'ref' kernels."
+            )
+        if layer.kind not in KINDS:
+            raise ConfigError(
+                f"The CUDA attention takes a cache of {', '.join(KINDS)}, not {layer.kind}: "
+                "choose another --kv-dtype."
+            )
+        if q.dtype != self.dtype or layer.keys.device != q.device or q.device != self.device:
+            raise ConfigError(
+                f"The CUDA attention takes {self.dtype} on {self.device}, got {q.dtype} on "
+                f"{q.device} and a cache on {layer.keys.device}: convert them."
+            )
+
+    def _kernel(
+        self, name: str, layer: KVLayer, extra: dict[str, int], shared_bytes: int = 0
+    ) -> Kernel:
+        defines = {
+            "KV": KINDS[layer.kind],
+            "BF16": int(self.dtype == torch.bfloat16),
+            "HEAD_DIM": layer.values.shape[3] * (2 if layer.kind == "int4" else 1),
+            "PAGE": layer.page_size,
+            **extra,
+        }
+        items = tuple(sorted(defines.items()))
+        return kernel(f"{name}.cu", name, items, self.device, shared_bytes)
+
+
+def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:
+    return _Cache(
+        *_pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
+        *_pointers(batch.pages, batch.starts, batch.lengths),
+        *(batch.pages.stride(0), layer.keys.shape[1]),
+    )
+
+
+def _heads_in_a_row(x: torch.Tensor) -> torch.Tensor:
+    """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if t is None else t.data_ptr() for t in tensors)

@@ -1,0 +1,115 @@
+"""The decoder's operations on an NVIDIA GPU of compute capability 8.0 or later."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nybble.errors import ConfigError
+from nybble.kernels import ref
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
+from nybble.kernels.cuda.attention import PagedAttention
+from nybble.kernels.cuda.compiler import binding
+from nybble.kernels.cuda.linear import CudaLinear
+from nybble.kernels.cuda.packing import refusal
+from nybble.kernels.cuda.rows import RowKernels
+from nybble.kernels.matrix import QuantMatrix
+
+_LEAST_CAPABILITY = (8, 0)
+
+
+class CudaBackend:
+    """fp16 or bf16 activations, sums in fp32. Every operation can be captured in a CUDA graph.
+
+    Runs on one stream at a time. Raises ConfigError where the GPU or its bindings do not serve.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype = torch.float16) -> None:
+        _check_device()
+        index = torch.device(device).index
+        self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        _check_capability(self.device)
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"The CUDA kernels compute with fp16 and bf16 activations, not {dtype}: "
+                "choose one of them, or the 'ref' kernels."
+            )
+        self.dtype = dtype
+        self._rows = RowKernels(self.device, dtype)
+        self._attention = PagedAttention(self.device, dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._rows.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, rms_norm(x + delta)) in one pass; x and delta (tokens, dim)."""
+        return self._rows.add_rms_norm(x, delta, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._rows.silu_mul(gate_up)
+
+    def rope_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+    ) -> torch.Tensor:
+        return self._attention.rope_store(q, k, v, cos, sin, layer, batch)
+
+    def attention(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
+    ) -> torch.Tensor:
+        return self._attention(q, layer, batch, scale)
+
+    def choose(self, matrix: QuantMatrix) -> Choice:
+        reason = refusal(matrix)
+        return (
+            Choice("cuda") if reason is None else Choice("torch-dequantised", (f"cuda: {reason}",))
+        )
+
+    def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        if refusal(matrix) is None:
+            return CudaLinear(matrix, bias, dtype=self.dtype)
+        dense = self.dense_linear(ref.dequantize(matrix).t(), bias)
+        return lambda x: dense(ref.gather_inputs(x, matrix))
+
+    def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
+        """By cuBLAS, which adds in fp32."""
+        weight = weight.to(self.device, self.dtype).contiguous()
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, weight, bias)
+
+        return linear
+
+    def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
+        """In 16 bits: cuBLAS reads it at nearly the memory's speed."""
+        return self.dense_linear(weight, None)
+
+
+def _check_device() -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "torch finds no NVIDIA GPU: install a build of torch with CUDA, or run with "
+            "--device cpu."
+        )
+    binding("driver")
+
+
+def _check_capability(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        major, minor = capability
+        raise ConfigError(
+            f"The CUDA kernels need compute capability 8.0, this GPU has {major}.{minor}: run "
+            "with the 'ref' kernels."
+        )

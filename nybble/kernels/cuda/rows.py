@@ -1,0 +1,130 @@
+"""RMSNorm and SiLU on rows of fp16 or bf16 activations: fp32 inside, one pass over memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from nybble.errors import ConfigError
+from nybble.kernels.cuda.launch import Kernel, kernel
+
+_VECTOR = 8  # elements of a 16-byte load
+_SHORT = 512  # rows up to this long are a warp's, and share blocks
+_SHORT_ROWS = 8
+_MOST_THREADS = 1024
+_SILU_THREADS = 256
+
+
+class _NormArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "delta", "weight", "sum", "y")),
+        *((name, ctypes.c_long) for name in ("token_stride", "head_stride")),
+        *((name, ctypes.c_int) for name in ("rows", "heads", "dim")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _SiluArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate_up", "y")),
+        *((name, ctypes.c_long) for name in ("row_stride", "count")),
+        ("width", ctypes.c_int),
+    )
+
+
+class RowKernels:
+    """The row kernels of one device, for one dtype. Launches can be captured in a CUDA graph."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, dependent: bool | None = None
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        major = torch.cuda.get_device_properties(device).major
+        self._dependent = major >= 9 if dependent is None else dependent
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See Backend.rms_norm; x (tokens, heads, dim) may be a view with strides."""
+        x = _vectors(x) if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._norm(x, None, weight, None, y, eps)
+        return y
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta, rounded to dtype, and its RMSNorm, in one pass. x and delta (tokens, dim)."""
+        x = _vectors(x)
+        y, total = torch.empty_like(delta), torch.empty_like(delta)
+        self._norm(x, delta.contiguous(), weight, total, y, eps)
+        return total, y
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Backend.silu_mul."""
+        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+        self._check(gate_up, width)
+        gate_up = _vectors(gate_up)
+        y = torch.empty(tokens, width, dtype=self.dtype, device=self.device)
+        count = tokens * width // _VECTOR
+        if count:
+            arguments = _SiluArguments(
+                gate_up.data_ptr(), y.data_ptr(), gate_up.stride(0), count, width
+            )
+            run = self._kernel("silu_mul", _SILU_THREADS, 1)
+            blocks = -(-count // _SILU_THREADS)
+            run.launch((blocks, 1), _SILU_THREADS, arguments, dependent=self._dependent)
+        return y
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        total: torch.Tensor | None,
+        y: torch.Tensor,
+        eps: float,
+    ) -> None:
+        dim = x.shape[-1]
+        self._check(x, dim)
+        self._check(weight, dim)
+        rows = x.numel() // dim
+        if rows == 0:
+            return
+        heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+        arguments = _NormArguments(
+            *(None if t is None else t.data_ptr() for t in (x, delta, weight, total, y)),
+            *(x.stride(0), head_stride, rows, heads, dim, eps),
+        )
+        if dim <= _SHORT:
+            threads, per_block = 32, _SHORT_ROWS
+        else:
+            threads, per_block = min(_MOST_THREADS, -(-dim // (32 * _VECTOR)) * 32), 1
+        run = self._kernel("rms_norm", threads, per_block)
+        blocks = -(-rows // per_block)
+        run.launch((blocks, 1), threads * per_block, arguments, dependent=self._dependent)
+
+    def _check(self, x: torch.Tensor, dim: int) -> None:
+        if x.dtype != self.dtype or x.device != self.device:
+            raise ConfigError(
+                f"The CUDA kernels were made for {self.dtype} on {self.device}, got {x.dtype} on "
+                f"{x.device}: convert it."
+            )
+        if dim % _VECTOR:
+            raise ConfigError(
+                f"The CUDA kernels take rows of a multiple of {_VECTOR} numbers, not {dim}: "
+                "run this model with the 'ref' kernels."
+            )
+
+    def _kernel(self, name: str, threads: int, rows: int) -> Kernel:
+        defines = (
+            ("BF16", int(self.dtype == torch.bfloat16)),
+            ("ROWS", rows),
+            ("THREADS", threads),
+        )
+        return kernel("rows.cu", name, defines, self.device)
+
+
+def _vectors(x: torch.Tensor) -> torch.Tensor:
+    """x, copied unless each row of its last dimension can be read 16 bytes at a time."""
+    even = all(stride % _VECTOR == 0 for stride in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and even and x.data_ptr() % 16 == 0 else x.contiguous()
