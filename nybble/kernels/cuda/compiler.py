@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from nybble.errors import ConfigError
 
-_HEADERS = ("fragment.cuh", "wgmma.cuh")
+_HEADERS = ("attention.cuh", "fragment.cuh", "numbers.cuh", "wgmma.cuh")
 _DIGEST_BYTES = 32
 
 
@@ -32,13 +33,13 @@ def cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) 
     # "a": with Hopper's own instructions (wgmma), which no other GPU has.
     arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] == 9 else ''}"
     options = (f"--gpu-architecture={arch}", "--std=c++17", *_flags(defines))
-    texts = [_text(name) for name in (source, *_HEADERS)]
+    texts = _with_headers(source)
     key = hashlib.sha256(repr((texts, options, _version())).encode()).hexdigest()
     path = _cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
     cached = _read(path)
     if cached is not None:
         return cached
-    code = _compile(source, texts, options)
+    code = _compile(texts, options)
     _write(path, code)
     return code
 
@@ -47,8 +48,16 @@ def _flags(defines: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
 
 
-def _text(name: str) -> str:
-    return Path(__file__).with_name(name).read_text("utf-8")
+def _with_headers(source: str) -> dict[str, str]:
+    """The texts of a source file and of all headers that it includes, itself first."""
+    texts: dict[str, str] = {}
+    names = [source]
+    while names:
+        name = names.pop()
+        if name not in texts:
+            texts[name] = Path(__file__).with_name(name).read_text("utf-8")
+            names += _INCLUDE.findall(texts[name])
+    return texts
 
 
 def _version() -> tuple[int, int]:
@@ -86,15 +95,16 @@ def _write(path: Path, code: bytes) -> None:
         )
 
 
-def _compile(source: str, texts: list[str], options: tuple[str, ...]) -> bytes:
+def _compile(texts: dict[str, str], options: tuple[str, ...]) -> bytes:
     nvrtc = binding("nvrtc")
+    (source, text), *headers = texts.items()
     program = _checked(
         nvrtc.nvrtcCreateProgram(
-            texts[0].encode(),
+            text.encode(),
             source.encode(),
-            len(_HEADERS),
-            [text.encode() for text in texts[1:]],
-            [name.encode() for name in _HEADERS],
+            len(headers),
+            [header.encode() for _, header in headers],
+            [name.encode() for name, _ in headers],
         )
     )
     try:

@@ -196,6 +196,7 @@ class CudaLinear:
         """For batches that are bound by arithmetic: dequantise a slab, multiply by cuBLAS."""
         m = self.matrix
         y = torch.empty(x.shape[0], self.outputs, dtype=self.dtype, device=self.device)
+        residual = None if residual is None else residual.contiguous()
         columns = TILE // 2 if m.paired else TILE
         step = max(1, _SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
         with _sums_in_fp32():
@@ -237,12 +238,12 @@ class CudaLinear:
         y: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> None:
+        """y and residual are columns of tensors of the same shape, so of one row stride."""
         gate_up = torch.mm(x, dense.t())  # (tokens, gate rows then up rows of this slab)
         width = dense.shape[0] // 2
         if self._bias is not None:
             halves = self._bias.view(2, self.outputs)[:, first_tile * 8 : first_tile * 8 + width]
             gate_up.view(-1, 2, width)[:, :, : halves.shape[1]] += halves
-        residual = None if residual is None else residual.contiguous()
         arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
         self._launch("silu_mul", (x.shape[0], -(-y.shape[1] // _THREADS)), arguments)
 

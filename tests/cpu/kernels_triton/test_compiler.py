@@ -92,6 +92,15 @@ def test_compiled_once_for_each_shape_and_gpu(nvrtc):
     assert len(nvrtc.compiled) == 4
 
 
+def test_headers_are_found_through_headers():
+    assert set(compiler._with_headers("gemm_hopper.cu")) == {
+        "gemm_hopper.cu",
+        "wgmma.cuh",
+        "fragment.cuh",
+    }
+    assert list(compiler._with_headers("read.cu")) == ["read.cu"]
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", b"x" * 400])
 def test_a_damaged_file_is_built_again(nvrtc, tmp_path, damage):
     first = build()
