@@ -14,7 +14,7 @@ from typing import Any
 
 from nybble.errors import ConfigError
 
-_HEADERS = ("attention.cuh", "fragment.cuh", "numbers.cuh", "wgmma.cuh")
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
 _DIGEST_BYTES = 32
 
 
