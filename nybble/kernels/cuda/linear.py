@@ -25,7 +25,7 @@ from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
 _SCALE_CODES = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
-_SLAB_BYTES = 96 << 20  # of dequantised weights alive at a time; see docs/decisions/003
+_SLAB_BYTES = 256 << 20  # of dequantised weights alive at a time; see docs/decisions/003
 
 
 class _GemmArguments(ctypes.Structure):
