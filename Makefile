@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 
-.PHONY: chat test check format bench-cpu clean
+.PHONY: chat test test-gpu check format bench-cpu clean
 
 chat: $(DEMO)
 ifdef PROMPT
@@ -17,6 +17,10 @@ export PROMPT
 
 test: $(DEMO) $(VENV)/.dev
 	$(BIN)/pytest --cov=nybble --cov-report=term:skip-covered --cov-fail-under=90
+
+# On a machine with a GPU and its own torch; PYTHON=python3 takes that one.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

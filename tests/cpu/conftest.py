@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from nybble.engine.engine import Engine
 from nybble.kernels import select_backend
 from nybble.model import read_model_config
 from nybble.model.loader import load_decoder
+
+# Read when triton is first imported: its kernels run in an interpreter here.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DATA = Path(__file__).parents[1] / "data"
 
