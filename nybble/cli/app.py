@@ -10,6 +10,7 @@ import typer
 
 from nybble.cli import console
 from nybble.cli.errors import CommandGroup, report_bug
+from nybble.cli.evaluate import commands as evaluate
 from nybble.cli.options import SAMPLING_DEFAULTS, Measured, Model, Running, Sampling, expand_options
 from nybble.cli.quantize import Calibration, Format, Work
 
@@ -183,3 +184,6 @@ def compare(
     from nybble.cli.measuring import compare
 
     compare(base, quant, text, window, running, plot, as_json)
+
+
+app.add_typer(evaluate, name="eval", help="Measure a model on the card's benchmarks.")

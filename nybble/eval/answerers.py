@@ -1,0 +1,229 @@
+"""Who answers: a model in this process, or any endpoint that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nybble.errors import ConfigError, RequestError
+from nybble.eval.task import Prompt
+from nybble.eval.text import words
+from nybble.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from nybble.llm import LLM
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy by default, without penalties. max_tokens None: as the benchmark says."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int | None = None
+
+    def tokens_for(self, prompt: Prompt) -> int:
+        return self.max_tokens or prompt.max_tokens
+
+    def params(self, prompt: Prompt, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.tokens_for(prompt),
+            stop=prompt.stop,
+            # A greedy answer does not depend on the seed, so that greedy requests share a batch.
+            seed=seed if self.temperature else None,
+        )
+
+
+class Answerer(Protocol):
+    """What the runner needs of a model. context: tokens of prompt and answer, None if unknown."""
+
+    @property
+    def context(self) -> int | None: ...
+
+    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[str]:
+        """One text for each prompt."""
+
+    def option_logprobs(self, prompt: str, options: Sequence[str]) -> list[float]:
+        """The log-probability of each option as the prompt's continuation."""
+
+    def tokens(self, text: str) -> list[str]: ...
+
+
+class LocalModel:
+    """An LLM of this process; a whole batch of prompts goes to the engine at once."""
+
+    # Alternatives asked for: the letters of a multiple-choice question are nearly always here.
+    _ALTERNATIVES = 256
+
+    def __init__(self, llm: LLM, decoding: Decoding | None = None) -> None:
+        self._llm = llm
+        self._decoding = decoding or Decoding()
+
+    @property
+    def context(self) -> int:
+        return self._llm.engine.max_context
+
+    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[str]:
+        alike: dict[SamplingParams, list[int]] = defaultdict(list)
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            alike[self._decoding.params(prompt, seed)].append(index)
+        texts = [""] * len(prompts)
+        for params, indices in alike.items():
+            ids = [self._ids(prompts[index]) for index in indices]
+            for index, completion in zip(indices, self._llm.generate(ids, params), strict=True):
+                texts[index] = completion.text
+        return texts
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if not prompt.chat:
+            return self._llm.encode(prompt.text)
+        return self._llm.chat_ids(prompt.text, system=prompt.system)
+
+    def option_logprobs(self, prompt: str, options: Sequence[str]) -> list[float]:
+        prompt_ids = self._llm.encode(prompt)
+        option_ids = [self._tokenizer.encode(option) for option in options]
+        likely = self._next_logprobs(prompt_ids) if all(len(i) == 1 for i in option_ids) else {}
+        if all(ids[0] in likely for ids in option_ids):
+            return [likely[ids[0]] for ids in option_ids]
+        return [self._exact(prompt_ids, ids) for ids in option_ids]
+
+    def _next_logprobs(self, prompt_ids: list[int]) -> Mapping[int, float]:
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, logprobs=self._ALTERNATIVES
+        )
+        token = (self._llm.generate(prompt_ids, params).logprobs or [])[0]
+        return {token.token_id: token.logprob, **dict(token.top)}
+
+    def _exact(self, prompt_ids: list[int], option_ids: list[int]) -> float:
+        logits = self._llm.logits(prompt_ids + option_ids)
+        logprobs = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+        return sum(float(row[token]) for row, token in zip(logprobs, option_ids, strict=True))
+
+    def tokens(self, text: str) -> list[str]:
+        return [self._tokenizer.decode([token]) for token in self._tokenizer.encode(text)]
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self._llm.tokenizer is None:
+            raise ConfigError(
+                "An evaluation needs text, and this model folder has no tokenizer: add its files."
+            )
+        return self._llm.tokenizer
+
+
+class Endpoint:
+    """POST /chat/completions and /completions below `url`, such as http://localhost:8000/v1.
+
+    workers requests run at a time. The key is read from $OPENAI_API_KEY. Tokens are not known
+    here, so lengths are counted in words.
+    """
+
+    _ATTEMPTS = 4
+    _TIMEOUT = 600
+    _TOP = 20
+    _TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        decoding: Decoding | None = None,
+        workers: int = 8,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--endpoint is {url!r}: give a URL such as http://localhost:8000/v1."
+            )
+        self._url = url.rstrip("/")
+        self._model = model
+        self._decoding = decoding or Decoding()
+        self._workers = workers
+        self._pause = pause
+
+    @property
+    def context(self) -> None:
+        return None
+
+    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[str]:
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(self._one, prompts, seeds))
+
+    def _one(self, prompt: Prompt, seed: int) -> str:
+        body: dict[str, Any] = {
+            "temperature": self._decoding.temperature,
+            "top_p": self._decoding.top_p,
+            "max_tokens": self._decoding.tokens_for(prompt),
+            "seed": seed,
+        }
+        if prompt.stop:
+            body["stop"] = list(prompt.stop)
+        if not prompt.chat:
+            return str(self._post("/completions", body | {"prompt": prompt.text})["text"])
+        messages = [{"role": "user", "content": prompt.text}]
+        if prompt.system is not None:
+            messages.insert(0, {"role": "system", "content": prompt.system})
+        choice = self._post("/chat/completions", body | {"messages": messages})
+        return str(choice["message"]["content"] or "")
+
+    def option_logprobs(self, prompt: str, options: Sequence[str]) -> list[float]:
+        """Options must be single tokens; -inf for one that is not among the likeliest."""
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": self._TOP}
+        choice = self._post("/completions", body)
+        top = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0]
+        found = [float(top.get(option, -math.inf)) for option in options]
+        if max(found) == -math.inf:
+            raise RequestError(
+                f"{self._url} gave no log-probability of {', '.join(map(repr, options))}: use an "
+                "endpoint with logprobs, or ask for answers instead (without --base)."
+            )
+        return found
+
+    def tokens(self, text: str) -> list[str]:
+        return words(text)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The first choice of the answer."""
+        data = json.dumps({"model": self._model, **body}).encode()
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self._url + path, data, headers)
+        answer = self._send(request)
+        try:
+            return json.loads(answer)["choices"][0]
+        except (ValueError, LookupError, TypeError) as error:
+            raise RequestError(
+                f"{self._url}{path} answered {answer[:100]!r}, which is no completion: "
+                "give the address that ends in /v1."
+            ) from error
+
+    def _send(self, request: urllib.request.Request) -> bytes:
+        for attempt in range(1, self._ATTEMPTS + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self._TIMEOUT) as response:
+                    return bytes(response.read())
+            except urllib.error.HTTPError as error:
+                detail = error.read()[:300].decode(errors="replace")
+                reason = f"{error.code} {error.reason}: {detail}"
+                if error.code not in self._TRANSIENT:
+                    break
+            except OSError as error:
+                reason = str(error)
+            if attempt < self._ATTEMPTS:
+                self._pause(2.0**attempt)
+        raise RequestError(
+            f"{request.full_url} failed ({reason}): check that it runs and knows the model "
+            f"{self._model!r}; what is finished is kept, so run the same command again."
+        )

@@ -1,0 +1,83 @@
+"""Two pictures: how several models do on several benchmarks, and where a needle is found."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nybble.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.projections.polar import PolarAxes
+
+_COLOURS = ("#6b46c1", "#0f9d8a", "#d9822b", "#c2345a", "#2b6cb0", "#7a7a7a")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure outside pyplot: no display is needed and no global state is touched."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("The plots need matplotlib: run `pip install 'nybble[eval]'`.") from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def radar(axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> bytes:
+    """PNG. One spoke for each benchmark, 0 to 100; one closed line for each model.
+
+    A model without a figure for every spoke is drawn with a gap there.
+    """
+    figure = _figure(7.5, 6)
+    plot: PolarAxes = figure.add_subplot(projection="polar")  # type: ignore[assignment]
+    angles = [2 * math.pi * index / len(axes) for index in range(len(axes))]
+    plot.set_theta_offset(math.pi / 2)
+    plot.set_theta_direction(-1)
+    plot.set_ylim(0, 100)
+    plot.set_xticks(angles, axes)
+    plot.tick_params(axis="x", pad=12)
+    plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"], color="#777777")
+    plot.grid(color="#dddddd")
+    for index, (name, values) in enumerate(lines.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        closed = [math.nan if value is None else value for value in (*values, values[0])]
+        plot.plot([*angles, angles[0]], closed, "o-", color=colour, label=name, markersize=4)
+        if None not in values:
+            plot.fill([*angles, angles[0]], closed, color=colour, alpha=0.07)
+    figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+    return _png(figure)
+
+
+def needle_map(title: str, cells: Mapping[tuple[int, int], float]) -> bytes:
+    """PNG. (length in tokens, depth in per cent) -> 0 to 1: red where the needle was not found."""
+    lengths = sorted({length for length, _ in cells})
+    depths = sorted({depth for _, depth in cells})
+    grid = [[cells.get((length, depth), math.nan) for length in lengths] for depth in depths]
+    figure = _figure(max(5.0, 1.8 + 0.55 * len(lengths)), max(3.2, 1.6 + 0.34 * len(depths)))
+    plot = figure.add_subplot()
+    image = plot.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    plot.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
+    plot.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+    plot.set_xlabel("context length in tokens")
+    plot.set_ylabel("depth of the needle")
+    plot.set_title(title, fontsize=11)
+    # White lines between the cells.
+    plot.set_xticks([edge - 0.5 for edge in range(1, len(lengths))], minor=True)
+    plot.set_yticks([edge - 0.5 for edge in range(1, len(depths))], minor=True)
+    plot.grid(which="minor", color="white", linewidth=1.5)
+    plot.tick_params(which="minor", length=0)
+    bar = figure.colorbar(image, ax=plot, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.set_label("share of the needle's words in the answer")
+    return _png(figure)
+
+
+def _short(length: int) -> str:
+    return f"{length / 1000:g}k" if length >= 1000 and length % 100 == 0 else str(length)
