@@ -191,7 +191,15 @@ class _Run:
             if index + 1 < self._config.num_layers:
                 self._advance(before, original)
                 self._advance(after, quantized)
+            self._release(index)
         return self._results
+
+    def _release(self, index: int) -> None:
+        """Unmap what was read of a layer, or the process seems to grow with every one."""
+        prefix = NAMES[self._config.family].layer.format(index)
+        for name in self._checkpoint.names():
+            if name.startswith(prefix):
+                self._checkpoint.release(name)
 
     def _embedded(self, windows: Sequence[Sequence[int]]) -> States:
         decoder = self._loader.decoder(())

@@ -74,7 +74,6 @@ def solve(
     """
     target = weight.to(hessian.dtype)
     _require_finite(target, "weight")
-    _require_finite(hessian, "calibration inputs")
     damped = damp(hessian, options.damp)
     order = torch.argsort(damped.diagonal(), descending=True, stable=True)
     g_idx = _groups(order, config)
@@ -111,6 +110,7 @@ def corrected_target(
 
 def damp(hessian: torch.Tensor, amount: float) -> torch.Tensor:
     """hessian + the smallest of amount * 1, 10, 100 ... times its mean that makes it definite."""
+    _require_finite(hessian, "calibration inputs")
     mean = hessian.diagonal().mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     dead = hessian.diagonal() <= 0

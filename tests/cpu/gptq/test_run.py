@@ -303,6 +303,17 @@ def test_nan_is_reported_with_its_place(llama, tmp_path, windows):
         quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
 
 
+def test_activations_that_are_not_finite_are_reported_too(llama, tmp_path, windows):
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    tensors = load(llama / "model.safetensors")
+    tensors["model.layers.2.post_attention_layernorm.weight"][5] = float("inf")
+    save_file(tensors, llama / "model.safetensors")
+    with pytest.raises(NumericsError, match=r"Layer 2, .*gate_proj, .*: The calibration inputs"):
+        quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
+
+
 def test_solver_options_reach_the_solver(llama, tmp_path, windows):
     rough = RunOptions(solver=SolverOptions(act_order=False, sweeps=0), correct=False)
     fine = RunOptions(solver=SolverOptions(sweeps=3), correct=False)
