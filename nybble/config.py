@@ -155,7 +155,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("kv_dtype", self.kv_dtype, DTYPES)
+        _one_of("kv_dtype", self.kv_dtype, (*DTYPES, "int8", "int4"))
         for name in ("max_context", "prefill_chunk", "threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -163,6 +163,7 @@ class EngineConfig:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_GROUP = 64  # dimensions of a head that share a step in an int4 cache
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

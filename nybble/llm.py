@@ -94,7 +94,7 @@ class LLM:
             unused_ids=sorted(tokenizer.unused_ids) if tokenizer else (),
             eos_ids=self._eos_ids(),
             max_context=options.max_context or self.config.max_context,
-            kv_dtype=_DTYPES[kv_dtype],
+            kv_dtype=kv_dtype,
             prefill_chunk=options.prefill_chunk,
         )
 

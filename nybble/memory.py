@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from nybble.cache.sizes import bytes_per_token
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig
 
-KV_BITS = {"fp16": 16, "int8": 8, "int4": 4}
-"""Bits of one cached number in each form of KV cache; the scales of int8 and int4 not counted."""
+KV_KINDS = {"fp16": "float16", "int8": "int8", "int4": "int4"}
+"""The forms of KV cache that are reported, and their kind."""
 
 _QKV = ("c_attn", "q_proj", "k_proj", "v_proj")
 _KINDS = {
@@ -58,9 +59,9 @@ def weigh(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
     )
 
 
-def kv_bytes_per_token(config: ModelConfig, kind: str) -> float:
-    """Bytes of keys and values that one token adds, over all layers; kind: a key of KV_BITS."""
-    return config.kv_elements * KV_BITS[kind] / 8
+def kv_bytes_per_token(config: ModelConfig, kind: str) -> int:
+    """Bytes of keys, values and scales that one token adds; kind: a key of KV_KINDS."""
+    return bytes_per_token(config, KV_KINDS[kind])
 
 
 def fitting_context(config: ModelConfig, kind: str, free_bytes: float) -> int:

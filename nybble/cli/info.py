@@ -12,7 +12,7 @@ from nybble.checkpoint import Checkpoint
 from nybble.cli import machine
 from nybble.cli.layout import count, size, table
 from nybble.config import ModelConfig
-from nybble.memory import KV_BITS, Weights, fitting_context, kv_bytes_per_token, weigh
+from nybble.memory import KV_KINDS, Weights, fitting_context, kv_bytes_per_token, weigh
 from nybble.model import read_model_config
 from nybble.resolve import find
 from nybble.tokenizer import has_tokenizer
@@ -37,7 +37,7 @@ def collect(folder: Path, memories: list[machine.Memory]) -> dict[str, Any]:
         "disk_bytes": weights.disk_bytes,
         "disk_bytes_by_kind": dict(weights.disk),
         "memory_bytes": weights.memory,
-        "kv_bytes_per_token": {kind: kv_bytes_per_token(config, kind) for kind in KV_BITS},
+        "kv_bytes_per_token": {kind: kv_bytes_per_token(config, kind) for kind in KV_KINDS},
         "fits": [_fit(config, weights, memory) for memory in memories],
         "tokenizer": has_tokenizer(folder),
     }
@@ -84,7 +84,7 @@ def _fit(config: ModelConfig, weights: Weights, memory: machine.Memory) -> dict[
         "free_bytes": memory.free,
         "total_bytes": memory.total,
         "weights_fit": left >= 0,
-        "context": {kind: fitting_context(config, kind, left) for kind in KV_BITS},
+        "context": {kind: fitting_context(config, kind, left) for kind in KV_KINDS},
     }
 
 

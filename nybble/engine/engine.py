@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nybble.cache.store import KVCache
+from nybble.cache.store import KVStore, one_sequence
 from nybble.engine.sampler import Sampler, TokenLogprob
 from nybble.errors import CapacityError, NumericsError, RequestError
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import Positions, make_positions, ntk_alpha
 from nybble.sampling import SamplingParams
+
+_LEAST_CAPACITY = 512  # tokens
 
 
 @dataclass
@@ -34,12 +36,15 @@ class Timing:
 
 @dataclass
 class _Sequence:
-    """The tokens whose keys and values stand in `cache`, and their position factors."""
+    """The tokens whose keys and values stand in `store`, page after page, and their factors.
+
+    The store and the factors are sized together, and belong to this sequence alone.
+    """
 
     ids: list[int]
     alpha: float
-    cache: KVCache
-    positions: Positions | None = None
+    store: KVStore
+    positions: Positions
 
 
 @dataclass
@@ -72,7 +77,7 @@ class Engine:
     """Generates for one request at a time, and keeps the last cache for a common prefix.
 
     Ids from vocab_size on, and unused_ids, are never sampled; eos_ids end an answer;
-    max_context bounds prompt and answer together.
+    max_context bounds prompt and answer together; kv_dtype is a kind of KVLayer.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Engine:
         vocab_size: int,
         eos_ids: Collection[int],
         max_context: int,
-        kv_dtype: torch.dtype,
+        kv_dtype: str,
         prefill_chunk: int,
         unused_ids: Sequence[int] = (),
     ) -> None:
@@ -121,7 +126,7 @@ class Engine:
         ids = list(token_ids)
         self.check_ids(ids)
         sequence = self._new_sequence(ids)
-        logits = torch.cat(list(self._prefill(sequence, ids, last=None, limit=len(ids))))
+        logits = torch.cat(list(self._prefill(sequence, ids, every=True, limit=len(ids))))
         self._check_finite(logits, ids)
         return logits
 
@@ -142,12 +147,12 @@ class Engine:
         ids, params = generation.prompt_ids, generation.params
         sequence = self._take_sequence(ids)
         timing = generation.timing
-        timing.prompt_tokens, timing.reused_tokens = len(ids), sequence.cache.length
+        timing.prompt_tokens, timing.reused_tokens = len(ids), len(sequence.ids)
         sampler = Sampler(params, ids, self.vocab_size, self.device, self.unused_ids)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
         room = self.max_context - len(ids)
         budget = min(params.max_tokens or room, room)
-        pending = ids[sequence.cache.length :]
+        pending = ids[len(sequence.ids) :]
         sound = True
         try:
             while True:
@@ -173,8 +178,7 @@ class Engine:
             sound = False
             raise
         finally:
-            # An interrupt may fall between the cache and the ids.
-            if sound and sequence.cache.length == len(sequence.ids):
+            if sound:
                 self._idle = sequence
 
     @staticmethod
@@ -189,7 +193,7 @@ class Engine:
         self,
         sequence: _Sequence,
         ids: list[int],
-        last: int | None = 1,
+        every: bool = False,
         limit: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Feed ids in chunks, so that memory stays bounded; yields each chunk's logits."""
@@ -197,27 +201,36 @@ class Engine:
         for begin in range(0, len(ids), self.prefill_chunk):
             chunk = ids[begin : begin + self.prefill_chunk]
             tensor = torch.tensor(chunk, device=self.device)
-            yield self.decoder.forward(tensor, self._step(sequence, len(chunk), limit), last)
+            logits = self.decoder.forward(tensor, self._step(sequence, len(chunk), limit), every)
             sequence.ids.extend(chunk)
+            yield logits
 
     def _step(self, sequence: _Sequence, tokens: int, limit: int) -> Step:
-        cache = sequence.cache
-        stop = cache.length + tokens
-        if sequence.positions is None or stop > cache.capacity:
-            cache.reserve(stop, limit)
-            sequence.positions = make_positions(
-                self.decoder.config, sequence.alpha, cache.capacity, self.device
-            )
-        return Step(sequence.positions.slice(cache.length, stop), cache)
+        start = len(sequence.ids)
+        self._reserve(sequence, start + tokens, limit)
+        positions, store = sequence.positions.slice(start, start + tokens), sequence.store
+        batch = one_sequence(start, tokens, store.page_size, self.device)
+        return Step(positions, batch, store.layers)
+
+    def _reserve(self, sequence: _Sequence, tokens: int, limit: int) -> None:
+        """Make room for `tokens` in all, by doubling up to `limit`: memory follows use."""
+        store = sequence.store
+        held = store.num_pages * store.page_size
+        if tokens <= held:
+            return
+        capacity = min(limit, max(tokens, 2 * held, _LEAST_CAPACITY))
+        sequence.store = store.grown(-(-capacity // store.page_size))
+        sequence.positions = self._positions(sequence.alpha, capacity)
+
+    def _positions(self, alpha: float, length: int) -> Positions:
+        return make_positions(self.decoder.config, alpha, length, self.device)
 
     # -- sequences and the prefix they share -------------------------------------------------
 
     def _new_sequence(self, ids: list[int]) -> _Sequence:
-        config = self.decoder.config
-        cache = KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, self.kv_dtype, self.device
-        )
-        return _Sequence([], self._alpha(ids), cache)
+        alpha = self._alpha(ids)
+        store = KVStore(self.decoder.config, self.kv_dtype, 0, self.device)
+        return _Sequence([], alpha, store, self._positions(alpha, 0))
 
     def _alpha(self, ids: list[int]) -> float:
         config = self.decoder.config
@@ -230,7 +243,6 @@ class Engine:
             return self._new_sequence(ids)
         # The last prompt token is always fed again: its logits are what starts the answer.
         shared = _common_prefix(sequence.ids, ids[:-1])
-        sequence.cache.truncate(shared)
         del sequence.ids[shared:]
         return sequence
 
@@ -253,7 +265,7 @@ class Engine:
             for name, values in self.decoder.trace(chunk, step):
                 if not bool(torch.isfinite(values).all()):
                     return name
-            sequence.cache.length += len(chunk)
+            sequence.ids.extend(ids[begin : begin + len(chunk)])
         return "a part that does not repeat it"
 
 

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 import torch
 
-from nybble.cache.store import KVCache
+from nybble.cache.store import PAGE_SIZE, KVStore, one_sequence
 from nybble.config import ModelConfig
-from nybble.kernels.backend import Backend, LinearFn
+from nybble.kernels.backend import KV_DTYPES, Backend, LinearFn
 from nybble.model.decoder import Decoder, Layer, Step
 from nybble.model.rope import make_positions, ntk_alpha
 
@@ -64,11 +64,13 @@ class Block:
         tokens, config, device = len(hidden), self.config, hidden.device
         nothing = torch.empty(0, device=device)
         decoder = Decoder(config, self.backend, nothing, (layer,), nothing, _stop)
-        cache = KVCache(1, config.num_kv_heads, config.head_dim, hidden.dtype, device)
-        cache.reserve(tokens, tokens)
+        kind = next(name for name, held in KV_DTYPES.items() if held is hidden.dtype)
+        pages = -(-tokens // PAGE_SIZE)
+        store = KVStore(replace(config, num_layers=1), kind, pages, device)
+        batch = one_sequence(0, tokens, PAGE_SIZE, device)
         alpha = ntk_alpha(tokens, config.trained_context) if config.dynamic_ntk else 1.0
         positions = make_positions(config, alpha, tokens, device)
-        return decoder.block(0, hidden, Step(positions, cache))
+        return decoder.block(0, hidden, Step(positions, batch, store.layers))
 
 
 def _with_linear(layer: Layer, stage: str, linear: LinearFn) -> Layer:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from nybble.config import KV_GROUP
+from nybble.errors import ConfigError
 from nybble.kernels.matrix import QuantMatrix
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
@@ -23,6 +25,104 @@ class Choice:
 
     def __str__(self) -> str:
         return "\n".join((self.kernel, *(f"  not {reason}" for reason in self.refused)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which tokens run in one step, and in which cache slots their keys and values stand.
+
+    Tensors are int32, on the backend's device. Position p of sequence s lives in page
+    pages[s, p // page_size], slot p % page_size of it. The new tokens of a sequence are its
+    last positions.
+    """
+
+    slots: torch.Tensor  # (tokens,): page * page_size + offset of each new token
+    pages: torch.Tensor  # (sequences, most pages): beyond a sequence's length any valid id
+    starts: torch.Tensor  # (sequences + 1,): first row of each sequence, then the tokens in all
+    lengths: torch.Tensor  # (sequences,): keys of each sequence, the new ones included
+    max_query: int  # most new tokens of one sequence
+    max_length: int  # most keys of one sequence, or an upper bound of it
+
+    def __post_init__(self) -> None:
+        tensors = (self.slots, self.pages, self.starts, self.lengths)
+        if any(t.dtype is not torch.int32 or t.stride(-1) != 1 for t in tensors):
+            raise ConfigError("a batch is described by dense int32 tensors: convert them.")
+        if not len(self.starts) - 1 == len(self.lengths) == len(self.pages):
+            raise ConfigError("a batch needs one length and one row of pages a sequence.")
+
+    @property
+    def sequences(self) -> int:
+        return self.lengths.shape[0]
+
+
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+"""The kinds of a cache, and the dtype that holds each."""
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's cache, in pages; kind is a key of KV_DTYPES.
+
+    keys, values: (pages, kv_heads, page_size, head_dim) in the dtype of the kind; int4:
+    (..., head_dim / 2), element 2i in the low nibble of byte i, 2i + 1 in the high one.
+    Scales, fp16, None for float kinds:
+      int8: (pages, kv_heads, page_size): x ~ code * scale, scale = largest magnitude / 127.
+      int4: (pages, kv_heads, page_size, groups, 2): per KV_GROUP dimensions (the last group may
+            be short) step and low: x ~ code * step + low, step = (max - low) / 15.
+    For int8 and int4 the keys are stored after the rotation of `ref_cache.hadamard`, and
+    rope_store returns q rotated alike, so that q . k is unchanged. Values are not rotated.
+    """
+
+    kind: str
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KV_DTYPES:
+            raise ConfigError(f"no cache of kind {self.kind!r}: use {', '.join(KV_DTYPES)}.")
+        for cache in (self.keys, self.values):
+            if cache.dtype is not KV_DTYPES[self.kind] or cache.shape != self.keys.shape:
+                raise ConfigError(f"keys and values of kind {self.kind} must be alike.")
+            if not cache.is_contiguous() or cache.dim() != 4 or cache.shape[2] % 32:
+                raise ConfigError("a cache is dense, in pages of a multiple of 32 slots.")
+        shape = scales_shape(self.kind, self.keys.shape[:3], self.head_dim)
+        for scales in (self.key_scales, self.value_scales):
+            if (None if scales is None else scales.shape) != shape:
+                raise ConfigError(f"the scales of a cache of kind {self.kind} need {shape}.")
+            if scales is not None and not (
+                scales.dtype is torch.float16 and scales.is_contiguous()
+            ):
+                raise ConfigError("the scales of a cache are dense and float16.")
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[3] * (2 if self.kind == "int4" else 1)
+
+    @property
+    def quantized(self) -> bool:
+        return not self.kind.endswith(("32", "16"))
+
+
+def scales_shape(kind: str, slots: torch.Size, head_dim: int) -> tuple[int, ...] | None:
+    """Of a cache's scales; slots (pages, kv_heads, page_size)."""
+    groups = {"int8": (), "int4": (-(-head_dim // KV_GROUP), 2)}
+    return (*slots, *groups[kind]) if kind in groups else None
 
 
 class Backend(Protocol):
@@ -48,30 +148,24 @@ class Backend(Protocol):
         v: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
+        layer: KVLayer,
+        batch: Batch,
     ) -> torch.Tensor:
-        """Rotate q and k (half-split form) and store k and v in the cache from slot `start`.
+        """Rotate q and k (half-split form) and store k and v in the slots of the batch.
 
         q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), possibly views with
-        a row stride; cos and sin fp32 (tokens, head_dim / 2); keys and values (kv_heads, slots,
-        head_dim) of the cache's dtype. Returns the rotated q, contiguous; k is left as it was.
+        a row stride; cos and sin fp32 (tokens, head_dim / 2). Returns the rotated q (in the
+        basis of the layer's keys), contiguous; k is left as it was.
         """
         ...
 
     def attention(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: int,
-        scale: float,
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
     ) -> torch.Tensor:
-        """Causal attention of the last `tokens` of `length` positions over slots 0 .. length-1.
+        """Causal attention of every sequence over its own keys. Softmax in fp32.
 
-        q (tokens, heads, head_dim) -> (tokens, heads * head_dim). Query i sees the slots up to
-        length - tokens + i. Softmax in fp32.
+        q (tokens, heads, head_dim) -> (tokens, heads * head_dim). Row i of the n new ones of
+        sequence s sees its keys 0 .. lengths[s] - n + i.
         """
         ...
 

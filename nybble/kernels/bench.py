@@ -9,11 +9,26 @@ from statistics import median
 import torch
 
 from nybble.kernels import choose_backend
-from nybble.kernels.backend import Backend, LinearFn
+from nybble.kernels.backend import (
+    KV_DTYPES,
+    Backend,
+    Batch,
+    KVLayer,
+    LinearFn,
+    scales_shape,
+)
 from nybble.kernels.matrix import QuantMatrix
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
-GROUP_SIZE, REPEATS = 32, 9
+GROUP_SIZE, PAGE_SIZE, REPEATS = 32, 64, 9
+ATTENTION = (  # (sequences, new tokens of each, keys of each)
+    (1, 1, 128),
+    (1, 1, 512),
+    (1, 1, 2048),
+    (16, 1, 512),
+    (1, 512, 512),
+    (1, 2048, 2048),
+)
 SHAPES = (  # (K, N) of one layer
     (HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
     (HEADS * HEAD_DIM, HIDDEN),
@@ -68,12 +83,42 @@ def run_all(linears: list[LinearFn], inputs: list[torch.Tensor], last: LinearFn)
     last(inputs[0][-1:])
 
 
+def paged_layer(kind: str, pages: int) -> KVLayer:
+    """Random bytes, whatever they mean; scales of 1."""
+    slots = torch.Size((pages, KV_HEADS, PAGE_SIZE))
+    width = HEAD_DIM // 2 if kind == "int4" else HEAD_DIM
+    codes = torch.randn(2, *slots, width).mul_(9).to(KV_DTYPES[kind])
+    shape = scales_shape(kind, slots, HEAD_DIM)
+    scales = None if shape is None else torch.ones(shape, dtype=torch.float16)
+    return KVLayer(kind, codes[0], codes[1], scales, scales)
+
+
+def even_batch(sequences: int, tokens: int, length: int) -> Batch:
+    """Sequences of one length in pages of their own, `tokens` of each new."""
+    count = -(-length // PAGE_SIZE)
+
+    def integers(values: torch.Tensor) -> torch.Tensor:
+        return values.to(torch.int32)
+
+    pages = integers(torch.arange(sequences * count)).view(sequences, count)
+    positions = torch.arange(length - tokens, length)
+    slots = pages[:, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    starts = integers(torch.arange(sequences + 1) * tokens)
+    lengths = integers(torch.full((sequences,), length))
+    return Batch(integers(slots.flatten()), pages, starts, lengths, tokens, length)
+
+
 def report_attention(backend: Backend) -> None:
-    keys, values = torch.randn(2, KV_HEADS, 2048, HEAD_DIM).to(torch.float16)
-    for tokens, length in ((1, 128), (1, 512), (1, 2048), (512, 512), (2048, 2048)):
-        q = torch.randn(tokens, HEADS, HEAD_DIM)
-        taken = seconds(lambda q=q, n=length: backend.attention(q, keys, values, n, 0.125))  # type: ignore[misc]
-        print(f"attention, {tokens:4} queries over {length:4} keys {taken * 1e6:9.0f} us a layer")
+    for kind in ("float16", "int8", "int4"):
+        for sequences, tokens, length in ATTENTION:
+            batch = even_batch(sequences, tokens, length)
+            layer = paged_layer(kind, batch.pages.numel())
+            q = torch.randn(sequences * tokens, HEADS, HEAD_DIM)
+            taken = seconds(lambda q=q, at=layer, b=batch: backend.attention(q, at, b, 0.125))  # type: ignore[misc]
+            print(
+                f"attention, {kind:7} {sequences:2} x {tokens:4} queries over {length:4} keys "
+                f"{taken * 1e6:9.0f} us a layer"
+            )
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nybble.kernels.backend import Choice, LinearFn
+from nybble.kernels import ref_cache
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
 from nybble.kernels.matrix import QuantMatrix
 
 
@@ -95,32 +96,43 @@ class RefBackend:
         v: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
+        layer: KVLayer,
+        batch: Batch,
     ) -> torch.Tensor:
-        stop = start + q.shape[0]
-        keys[:, start:stop] = _rotate(k, cos, sin).transpose(0, 1).to(keys.dtype)
-        values[:, start:stop] = v.transpose(0, 1).to(values.dtype)
-        return _rotate(q, cos, sin).to(q.dtype)
+        turned, key = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layer.quantized:
+            turned, key = ref_cache.hadamard(turned), ref_cache.hadamard(key)
+        ref_cache.store(layer.keys, layer.key_scales, layer.kind, batch.slots, key)
+        ref_cache.store(layer.values, layer.value_scales, layer.kind, batch.slots, v.float())
+        return turned.to(q.dtype)
 
     def attention(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: int,
-        scale: float,
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
     ) -> torch.Tensor:
+        out = torch.empty_like(q)  # (tokens, heads, head_dim)
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+        for s, length in enumerate(lengths):
+            rows = slice(starts[s], starts[s + 1])
+            k, v = ref_cache.gather(layer, batch.pages[s], length)
+            out[rows] = self.attend(q[rows].float(), k, v, scale).to(q.dtype)
+        return out.flatten(1)
+
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One sequence in fp32: q (tokens, heads, head_dim) is its last tokens, and so the result.
+
+        keys, values (kv_heads, length, head_dim).
+        """
         tokens, heads, _ = q.shape
-        group = heads // keys.shape[0]
-        k = keys[:, :length].float().repeat_interleave(group, 0)  # (heads, length, head_dim)
-        v = values[:, :length].float().repeat_interleave(group, 0)
-        scores = torch.matmul(q.float().transpose(0, 1), k.transpose(1, 2)) * scale
+        kv_heads, length, _ = keys.shape
+        k = keys.repeat_interleave(heads // kv_heads, 0)  # (heads, length, head_dim)
+        v = values.repeat_interleave(heads // kv_heads, 0)
+        scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * scale
         slots = torch.arange(length, device=q.device)
         hidden = slots[None, :] > slots[length - tokens :, None]  # (tokens, length)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return torch.matmul(weights, v).transpose(0, 1).reshape(tokens, -1).to(q.dtype)
+        return torch.matmul(weights, v).transpose(0, 1)
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
         weight = dequantize(matrix)  # (rows, N)
@@ -142,8 +154,8 @@ class RefBackend:
         return self.dense_linear(weight, None)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (tokens, heads, head_dim), cos and sin (tokens, head_dim / 2) -> fp32."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (tokens, heads, head_dim), cos and sin (tokens, head_dim / 2) -> fp32, half-split form."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -21,30 +21,25 @@ class TorchBackend(RefBackend):
     def choose(self, matrix: QuantMatrix) -> Choice:
         return choose_kernel(self.name, matrix)
 
-    def attention(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: int,
-        scale: float,
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        tokens = q.shape[0]
+        tokens, length = q.shape[0], keys.shape[1]
         if 1 < tokens < length:  # torch aligns its causal mask to the first key
             slots = torch.arange(length)
             mask = slots[None, :] <= slots[length - tokens :, None]
         else:
             mask = None
         out = F.scaled_dot_product_attention(
-            q.float().transpose(0, 1).unsqueeze(0),
-            keys[:, :length].float().unsqueeze(0),
-            values[:, :length].float().unsqueeze(0),
+            q.transpose(0, 1).unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
             attn_mask=mask,
             is_causal=mask is None and tokens > 1,
             scale=scale,
             enable_gqa=True,
         )
-        return out[0].transpose(0, 1).reshape(tokens, -1).to(q.dtype)
+        return out[0].transpose(0, 1)
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
         few = None

@@ -6,14 +6,13 @@ What differs between families is a field that is None or a number in ModelConfig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nybble.cache.store import KVCache
 from nybble.config import ModelConfig
-from nybble.kernels.backend import Backend, LinearFn
+from nybble.kernels.backend import Backend, Batch, KVLayer, LinearFn
 from nybble.model.rope import Positions
 
 
@@ -33,19 +32,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass over the next tokens of one sequence.
+    """One forward pass over the next tokens of some sequences.
 
-    `positions` holds the factors of exactly these tokens; `cache` the keys and values of all
-    tokens before them, and receives theirs.
+    `positions` holds the factors of exactly these tokens, row by row; `layers` the keys and
+    values of all tokens before them, and receives theirs in the slots that `batch` names.
     """
 
     positions: Positions
-    cache: KVCache
+    batch: Batch
+    layers: Sequence[KVLayer]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A loaded model. `forward` runs one step and leaves the cache `tokens` longer."""
+    """A loaded model. `forward` runs one step and writes the new keys and values."""
 
     config: ModelConfig
     backend: Backend
@@ -55,13 +55,17 @@ class Decoder:
     lm_head: LinearFn  # hidden -> vocab
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, step: Step, last: int | None = 1) -> torch.Tensor:
-        """ids int64 (tokens,) -> logits fp32 (last, vocab); last None: of every token."""
+    def forward(self, ids: torch.Tensor, step: Step, every: bool = False) -> torch.Tensor:
+        """ids int64 (tokens,) -> logits fp32 (sequences, vocab) after the last token of each.
+
+        every: (tokens, vocab), after each token.
+        """
         x = self.embed(ids)
         for index in range(len(self.layers)):
             x = self.block(index, x, step)
-        step.cache.length += len(ids)
-        return self.head(x if last is None else x[-last:])
+        if not every and len(x) > step.batch.sequences:
+            x = x.index_select(0, step.batch.starts[1:] - 1)
+        return self.head(x)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(ids, self.embed_tokens).to(self.norm.dtype)
@@ -79,19 +83,18 @@ class Decoder:
         return x + layer.down_proj(ops.silu_mul(layer.gate_up_proj(h)))
 
     def attention(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
-        layer, config, cache, at = self.layers[index], self.config, step.cache, step.positions
+        layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
         q, k, v = torch.split(qkv, heads, dim=1)  # (tokens, heads, head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)
             k = self.backend.rms_norm(k, layer.k_norm, config.norm_eps)
-        keys, values, start = cache.keys[index], cache.values[index], cache.length
-        q = self.backend.rope_store(q, k, v, at.cos, at.sin, keys, values, start)
+        cache, batch, scale = step.layers[index], step.batch, config.head_dim**-0.5
+        q = self.backend.rope_store(q, k, v, at.cos, at.sin, cache, batch)
         if at.query_scale is not None:
             q = q * at.query_scale
-        length, scale = start + len(x), config.head_dim**-0.5
-        return layer.o_proj(self.backend.attention(q, keys, values, length, scale))
+        return layer.o_proj(self.backend.attention(q, cache, batch, scale))
 
     @torch.inference_mode()
     def trace(self, ids: torch.Tensor, step: Step) -> Iterator[tuple[str, torch.Tensor]]:

@@ -37,7 +37,7 @@ def make_engine() -> Callable[..., Engine]:
             "vocab_size": config.vocab_size,
             "eos_ids": (),
             "max_context": config.max_context,
-            "kv_dtype": torch.float32,
+            "kv_dtype": "float32",
             "prefill_chunk": 512,
         }
         decoder = load_decoder(Checkpoint.open(folder), config, backend, torch.float32)

@@ -102,8 +102,8 @@ def test_zero_points_and_act_order_take_memory(headers: dict[str, TensorInfo]) -
 
 def test_kv_bytes_of_the_72b() -> None:
     assert kv_bytes_per_token(QWEN_72B, "fp16") == 2_621_440
-    assert kv_bytes_per_token(QWEN_72B, "int8") == 1_310_720
-    assert kv_bytes_per_token(QWEN_72B, "int4") == 655_360
+    assert kv_bytes_per_token(QWEN_72B, "int8") == 1_331_200
+    assert kv_bytes_per_token(QWEN_72B, "int4") == 737_280
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
-/* Causal attention over a cache, with grouped heads, in the online-softmax form (Dao et al. 2022).
+/* Causal attention over pages, with grouped heads, in the online-softmax form (Dao et al. 2022).
  *
  * The query heads that share a K/V head are rows of one small matrix, so a key is read once for
- * all of them. Keys are taken in blocks of 32, transposed into fp32; 4 blocks make a segment.
- * Each segment is summed up from nothing and then merged into the row's state, in order: whether
- * one thread walks all segments (prefill) or many threads take one each (decode) does not change
- * a bit of the result, and neither does the composition of the batch. */
+ * all of them. Keys are taken in blocks of 32 (which never straddle pages), transposed into fp32;
+ * 4 blocks make a segment. Each segment is summed up from nothing and then merged into the row's
+ * state, in order: whether one thread walks all segments or many threads take one each does not
+ * change a bit of the result, and neither does the composition of the batch. */
 #include <float.h>
+#include <limits.h>
 #include <stdlib.h>
 
-#include "simd.h"
+#include "cache.h"
 
 #define KEYS 32
 #define SEGMENT 128
@@ -17,12 +18,12 @@
 #define SPLIT_ROWS 16
 
 typedef struct {
-    const float *q;           /* (tokens, kv_heads * group, dim) */
-    const void *keys, *values; /* (kv_heads, slots, dim) of cache_kind, heads apart by strides */
-    float *out;               /* like q */
-    long tokens, kv_heads, group, dim, length, keys_stride, values_stride;
+    const float *q; /* (tokens, kv_heads * group, dim) */
+    float *out;     /* like q */
+    const int32_t *pages, *starts, *lengths; /* (sequences, page_stride), (sequences + 1), ... */
+    long tokens, sequences, page_stride, most_pages, group;
+    Cache cache; /* dim is a multiple of 16, page_size of KEYS */
     float scale;
-    int cache_kind;
 } Attention;
 
 /* Softmax state of some rows: out = weighted / sum once everything is merged. */
@@ -33,7 +34,7 @@ typedef struct {
 
 /* One thread's working memory; q is scaled, rows padded to a multiple of ROWS. */
 typedef struct {
-    float *q, *keys, *values, *weights;
+    float *q, *keys, *values, *weights, *scales;
     State segment, total;
 } Scratch;
 
@@ -85,51 +86,96 @@ INLINE void transpose16(f32x16 *r) {
     SWAP_STEP(8, LOW8, HIGH8)
 }
 
-/* 16 keys x 16 of their elements, transposed; `count` is a constant 16 but in the last block. */
-INLINE void load_square(float *kt, const void *keys, long first, long count, long dim, int kind) {
-    f32x16 rows[16];
-    for (int i = 0; i < LANES; i++)
-        rows[i] = i < count ? load_kind(keys, first + i * dim, kind) : splat(0.0f);
-    transpose16(rows);
-    for (int i = 0; i < LANES; i++) store_f32(kt + i * KEYS, rows[i]);
+/* Step and low of sixteen slots, `per` numbers apart. */
+INLINE void gather_scales(const float *scales, long per, int kind, f32x16 *step, f32x16 *low) {
+    for (int i = 0; i < LANES && is_quantized(kind); i++) {
+        (*step)[i] = scales[i * per];
+        (*low)[i] = kind == KIND_I4 ? scales[i * per + 1] : 0.0f;
+    }
 }
 
-/* Keys [0, count) of a block, transposed: kt[d][key]; missing keys are 0. */
-INLINE void load_keys(float *kt, const void *keys, long first, long count, long dim, int kind) {
+/* A block of keys, transposed: kt[d][key]. Slots that no key fills yet give lanes that no row
+ * sees: they exist, for a page is a multiple of KEYS. */
+INLINE void load_keys(float *kt, const Cache *c, long row, const float *scales, int kind) {
+    const long dim = c->dim, span = scale_span(c, kind), per = scales_per_slot(c, kind);
     for (long j = 0; j < KEYS; j += LANES)
-        for (long d = 0; d < dim; d += LANES) {
-            float *square = kt + d * KEYS + j;
-            if (count - j >= LANES) load_square(square, keys, first + j * dim + d, LANES, dim, kind);
-            else load_square(square, keys, first + j * dim + d, count - j, dim, kind);
+        for (long first = 0; first < dim; first += span) {
+            f32x16 step = splat(1.0f), low = splat(0.0f), square[LANES];
+            gather_scales(scales + j * per + 2 * (first / span), per, kind, &step, &low);
+            for (long d = first; d < min_l(dim, first + span); d += LANES) {
+                for (int i = 0; i < LANES; i++)
+                    square[i] = load_cached(c->keys, (row + j + i) * dim + d, kind);
+                transpose16(square);
+                for (int i = 0; i < LANES; i++)
+                    store_f32(kt + (d + i) * KEYS + j, dequantize(square[i], step, low, kind));
+            }
         }
 }
 
-INLINE void load_values(float *v, const void *values, long first, long count, long dim, int kind) {
-    for (long i = 0; i < count * dim; i += LANES)
-        store_f32(v + i, load_kind(values, first + i, kind));
+INLINE void load_values(float *v, const Cache *c, long row, long count, const float *scales,
+                        int kind) {
+    const long dim = c->dim, span = scale_span(c, kind), per = scales_per_slot(c, kind);
+    for (long j = 0; j < count; j++)
+        for (long first = 0; first < dim; first += span) {
+            const float *at = scales + j * per + 2 * (first / span);
+            const f32x16 step = splat(is_quantized(kind) ? at[0] : 1.0f);
+            const f32x16 low = splat(kind == KIND_I4 ? at[1] : 0.0f);
+            for (long d = first; d < min_l(dim, first + span); d += LANES)
+                store_f32(v + j * dim + d,
+                          dequantize(load_cached(c->values, (row + j) * dim + d, kind), step, low,
+                                     kind));
+        }
 }
 
-/* The block after this one, asked for while this one is worked on: a long cache is not in L3. */
-INLINE void prefetch_block(const void *p, long first, long count, long dim, int kind) {
-    const char *next = (const char *)p + (first + KEYS * dim) * kind_size(kind);
-    for (long i = 0; i < count * dim * kind_size(kind); i += 64) __builtin_prefetch(next + i);
+/* The fp16 scales of a block's slots. */
+INLINE void load_scales(float *out, const Cache *c, const uint16_t *scales, long row, int kind) {
+    const long per = scales_per_slot(c, kind);
+    for (long i = 0; i < KEYS * per; i += LANES)
+        store_f32(out + i, load_kind(scales, row * per + i, KIND_F16));
 }
 
-/* Keys and values of one block into fp32; the kind is a constant in each branch. */
-static void load_block(const Attention *a, long head, long start, long count, Scratch *s) {
-    const long ahead = min_l(KEYS, a->length - start - KEYS);
-    prefetch_block(a->keys, head * a->keys_stride + start * a->dim, ahead, a->dim, a->cache_kind);
-    prefetch_block(a->values, head * a->values_stride + start * a->dim, ahead, a->dim,
-                   a->cache_kind);
-#define LOAD_BOTH(kind)                                                                     \
-    load_keys(s->keys, a->keys, head * a->keys_stride + start * a->dim, count, a->dim, kind); \
-    load_values(s->values, a->values, head * a->values_stride + start * a->dim, count, a->dim, kind)
-    if (a->cache_kind == KIND_F16) {
-        LOAD_BOTH(KIND_F16);
-    } else if (a->cache_kind == KIND_BF16) {
-        LOAD_BOTH(KIND_BF16);
-    } else {
-        LOAD_BOTH(KIND_F32);
+INLINE void prefetch(const void *p, long first, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + first + i);
+}
+
+/* A block to come, asked for while another is worked on: a long cache is not in L3. */
+INLINE void prefetch_block(const Cache *c, long row, long count, int kind) {
+    const long first = element_bytes(row * c->dim, kind), size = element_bytes(c->dim, kind);
+    prefetch(c->keys, first, count * size);
+    prefetch(c->values, first, count * size);
+    if (is_quantized(kind)) {
+        const long per = 2 * scales_per_slot(c, kind);
+        prefetch(c->key_scales, row * per, count * per);
+        prefetch(c->value_scales, row * per, count * per);
+    }
+}
+
+INLINE void load_kv(const Cache *c, long row, long count, Scratch *s, int kind) {
+    if (is_quantized(kind)) load_scales(s->scales, c, c->key_scales, row, kind);
+    load_keys(s->keys, c, row, s->scales, kind);
+    if (is_quantized(kind)) load_scales(s->scales, c, c->value_scales, row, kind);
+    load_values(s->values, c, row, count, s->scales, kind);
+}
+
+/* Where the slots of the block that begins at key `start` stand. */
+INLINE long block_row(const Attention *a, long seq, long head, long start) {
+    const long page = a->pages[seq * a->page_stride + start / a->cache.page_size];
+    return cache_row(&a->cache, page, head, start % a->cache.page_size);
+}
+
+/* Keys [start, start + count) of a head into fp32; the kind is a constant in each branch. */
+static void load_block(const Attention *a, long seq, long head, long start, long count,
+                       Scratch *s) {
+    const Cache *c = &a->cache;
+    const long row = block_row(a, seq, head, start), left = a->lengths[seq] - start - KEYS;
+    if (left > 0)
+        prefetch_block(c, block_row(a, seq, head, start + KEYS), min_l(KEYS, left), c->kind);
+    switch (c->kind) {
+    case KIND_F16: load_kv(c, row, count, s, KIND_F16); break;
+    case KIND_BF16: load_kv(c, row, count, s, KIND_BF16); break;
+    case KIND_I8: load_kv(c, row, count, s, KIND_I8); break;
+    case KIND_I4: load_kv(c, row, count, s, KIND_I4); break;
+    default: load_kv(c, row, count, s, KIND_F32);
     }
 }
 
@@ -198,81 +244,151 @@ INLINE void attend_rows(Scratch *s, long row, const long *seen, long count, long
     else add_values(s, row, count, dim, shrink, n, 1);
 }
 
-/* A work item: tokens [first, last) of one K/V head. */
+/* A work item: rows of one K/V head for new tokens [first, last) of a sequence, over its keys
+ * [start, end). Without `states` it sees all keys and stores its rows; with them it is one
+ * segment, whose state goes to the piece of its number. */
 typedef struct {
-    long head, first, last;
+    long seq, head, first, last, start, end;
+    float *states;
 } Item;
 
-INLINE long item_rows(const Attention *a, Item i) { return (i.last - i.first) * a->group; }
-INLINE long item_keys(const Attention *a, Item i) { return a->length - a->tokens + i.last; }
+INLINE long new_tokens(const Attention *a, long seq) { return a->starts[seq + 1] - a->starts[seq]; }
+INLINE long item_rows(const Attention *a, const Item *i) { return (i->last - i->first) * a->group; }
 
 /* All rows of an item against the keys [start, end) of one segment, into s->segment. */
-static void attend_segment(const Attention *a, Item item, long start, long end, Scratch *s) {
-    const long rows = item_rows(a, item);
-    clear_state(s->segment, rows, a->dim);
+static void attend_segment(const Attention *a, const Item *item, long start, long end,
+                           Scratch *s) {
+    const long rows = item_rows(a, item), dim = a->cache.dim;
+    const long past = a->lengths[item->seq] - new_tokens(a, item->seq);
+    clear_state(s->segment, rows, dim);
     for (long key = start; key < end; key += KEYS) {
         const long count = min_l(KEYS, end - key);
-        load_block(a, item.head, key, count, s);
+        load_block(a, item->seq, item->head, key, count, s);
         for (long row = 0; row < rows; row += ROWS) {
             long seen[ROWS];
             for (long r = 0; r < ROWS; r++)
-                seen[r] = a->length - a->tokens + item.first + (row + r) / a->group + 1 - key;
+                seen[r] = past + item->first + (row + r) / a->group + 1 - key;
             switch (rows - row) {
-            case 1: attend_rows(s, row, seen, count, a->dim, 1); break;
-            case 2: attend_rows(s, row, seen, count, a->dim, 2); break;
-            case 3: attend_rows(s, row, seen, count, a->dim, 3); break;
-            default: attend_rows(s, row, seen, count, a->dim, ROWS);
+            case 1: attend_rows(s, row, seen, count, dim, 1); break;
+            case 2: attend_rows(s, row, seen, count, dim, 2); break;
+            case 3: attend_rows(s, row, seen, count, dim, 3); break;
+            default: attend_rows(s, row, seen, count, dim, ROWS);
             }
         }
     }
 }
 
-INLINE long row_offset(const Attention *a, Item item, long row) {
-    const long token = item.first + row / a->group;
-    return ((token * a->kv_heads + item.head) * a->group + row % a->group) * a->dim;
+INLINE long row_offset(const Attention *a, const Item *item, long row) {
+    const long token = a->starts[item->seq] + item->first + row / a->group;
+    return ((token * a->cache.kv_heads + item->head) * a->group + row % a->group) * a->cache.dim;
 }
 
-static void load_queries(const Attention *a, Item item, Scratch *s) {
+static void load_queries(const Attention *a, const Item *item, Scratch *s) {
+    const long dim = a->cache.dim;
     for (long row = 0; row < item_rows(a, item); row++)
-        for (long d = 0; d < a->dim; d += LANES)
-            store_f32(s->q + row * a->dim + d,
+        for (long d = 0; d < dim; d += LANES)
+            store_f32(s->q + row * dim + d,
                       load_f32(a->q + row_offset(a, item, row) + d) * splat(a->scale));
 }
 
-static void store_row(const Attention *a, Item item, State s, long row) {
+static void store_row(const Attention *a, const Item *item, State s, long row) {
     const f32x16 inverse = splat(1.0f / s.sum[row]);
-    for (long d = 0; d < a->dim; d += LANES)
+    for (long d = 0; d < a->cache.dim; d += LANES)
         store_f32(a->out + row_offset(a, item, row) + d,
-                  load_f32(s.weighted + row * a->dim + d) * inverse);
-}
-
-/* Many queries: one thread takes the item through all its segments. */
-static void attend_item(const Attention *a, Item item, Scratch *s) {
-    const long rows = item_rows(a, item), keys = item_keys(a, item);
-    load_queries(a, item, s);
-    clear_state(s->total, rows, a->dim);
-    for (long start = 0; start < keys; start += SEGMENT) {
-        attend_segment(a, item, start, min_l(start + SEGMENT, keys), s);
-        for (long r = 0; r < rows; r++) merge_row(s->total, r, s->segment, r, a->dim);
-    }
-    for (long r = 0; r < rows; r++) store_row(a, item, s->total, r);
+                  load_f32(s.weighted + row * a->cache.dim + d) * inverse);
 }
 
 INLINE long state_floats(long rows, long dim) { return (rows * (dim + 2) + 15) / 16 * 16; }
 
-INLINE long scratch_floats(long rows, long dim) {
-    return rows * dim + 2 * KEYS * dim + ROWS * KEYS + 2 * state_floats(rows, dim);
+/* The state of segment j of a split item. */
+INLINE State state_of(const Attention *a, const Item *item, long j) {
+    const long rows = item_rows(a, item);
+    return state_at(item->states + j * state_floats(rows, a->cache.dim), rows);
 }
 
-static Scratch scratch_at(float *memory, long rows, long dim) {
-    float *keys = memory + rows * dim, *values = keys + KEYS * dim, *weights = values + KEYS * dim;
-    float *states = weights + ROWS * KEYS;
-    return (Scratch){memory, keys, values, weights, state_at(states, rows),
-                     state_at(states + state_floats(rows, dim), rows)};
+static void attend_item(const Attention *a, const Item *item, Scratch s) {
+    const long rows = item_rows(a, item), dim = a->cache.dim;
+    load_queries(a, item, &s);
+    if (item->states) {
+        s.segment = state_of(a, item, item->start / SEGMENT);
+        attend_segment(a, item, item->start, item->end, &s);
+        return;
+    }
+    clear_state(s.total, rows, dim);
+    for (long start = 0; start < item->end; start += SEGMENT) {
+        attend_segment(a, item, start, min_l(start + SEGMENT, item->end), &s);
+        for (long r = 0; r < rows; r++) merge_row(s.total, r, s.segment, r, dim);
+    }
+    for (long r = 0; r < rows; r++) store_row(a, item, s.total, r);
 }
 
-INLINE float *allocate(long floats) {
-    return aligned_alloc(64, (size_t)(floats * 4 + 63) / 64 * 64);
+INLINE long segments_of(long keys) { return (keys + SEGMENT - 1) / SEGMENT; }
+
+/* What the segments of a split item found, merged in their order. */
+static void merge_item(const Attention *a, const Item *item, Scratch s) {
+    const long rows = item_rows(a, item), dim = a->cache.dim;
+    clear_state(s.total, rows, dim);
+    for (long j = 0; j < segments_of(a->lengths[item->seq]); j++)
+        for (long r = 0; r < rows; r++) merge_row(s.total, r, state_of(a, item, j), r, dim);
+    for (long r = 0; r < rows; r++) store_row(a, item, s.total, r);
+}
+
+/* The work of a batch: counted by a first walk (items NULL), written down by a second one. */
+typedef struct {
+    Item *items;
+    float *states;
+    long count, state_floats, most_rows, segments;
+} Plan;
+
+static void add_item(Plan *p, const Attention *a, Item item) {
+    if (p->items) p->items[p->count] = item;
+    p->count++;
+    p->segments += segments_of(item.end - item.start);
+    if (item_rows(a, &item) > p->most_rows) p->most_rows = item_rows(a, &item);
+}
+
+/* New tokens [first, last) of one head, a segment an item. */
+static void add_split(Plan *p, const Attention *a, Item item) {
+    const long keys = item.end, state = state_floats(item_rows(a, &item), a->cache.dim);
+    item.states = p->items ? p->states + p->state_floats : NULL;
+    for (item.start = 0; item.start < keys; item.start += SEGMENT, p->state_floats += state) {
+        item.end = min_l(item.start + SEGMENT, keys);
+        add_item(p, a, item);
+    }
+}
+
+/* Few rows of a sequence over so many keys that its items would keep the other threads waiting:
+ * more than `longest` segments. */
+static void plan_sequence(Plan *p, const Attention *a, long seq, long longest) {
+    const long tokens = new_tokens(a, seq), past = a->lengths[seq] - tokens;
+    const long span = a->group < ITEM_ROWS ? ITEM_ROWS / a->group : 1;
+    const int split = tokens * a->group <= SPLIT_ROWS && segments_of(past + tokens) > longest;
+    for (long i = (tokens - 1) / span; i >= 0 && tokens; i--) /* the longest items first */
+        for (long head = 0; head < a->cache.kv_heads; head++) {
+            const long first = i * span, last = min_l(first + span, tokens);
+            const Item item = {seq, head, first, last, 0, past + last, NULL};
+            if (split) add_split(p, a, item);
+            else add_item(p, a, item);
+        }
+}
+
+static void plan_batch(Plan *p, const Attention *a, long longest) {
+    p->count = p->state_floats = p->segments = 0;
+    for (long seq = 0; seq < a->sequences; seq++) plan_sequence(p, a, seq, longest);
+}
+
+INLINE long scratch_floats(const Cache *c, long rows) {
+    const long scales = KEYS * scales_per_slot(c, c->kind);
+    return rows * c->dim + 2 * KEYS * c->dim + ROWS * KEYS + scales +
+           2 * state_floats(rows, c->dim);
+}
+
+static Scratch scratch_at(float *memory, const Cache *c, long rows) {
+    float *keys = memory + rows * c->dim, *values = keys + KEYS * c->dim;
+    float *weights = values + KEYS * c->dim, *scales = weights + ROWS * KEYS;
+    float *states = scales + KEYS * scales_per_slot(c, c->kind);
+    return (Scratch){memory, keys, values, weights, scales, state_at(states, rows),
+                     state_at(states + state_floats(rows, c->dim), rows)};
 }
 
 #ifdef _OPENMP
@@ -282,60 +398,54 @@ INLINE int thread_number(void) { return omp_get_thread_num(); }
 INLINE int thread_number(void) { return 0; }
 #endif
 
-/* Prefill: items of about ITEM_ROWS rows, the longest first. */
-static int attend_queries(const Attention *a, int threads) {
-    const long span = a->group < ITEM_ROWS ? ITEM_ROWS / a->group : 1;
-    const long spans = (a->tokens + span - 1) / span, rows = span * a->group;
-    const long size = (scratch_floats(rows, a->dim) + 15) / 16 * 16;
-    float *memory = allocate(size * threads);
-    if (!memory) return -1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long i = 0; i < spans * a->kv_heads; i++) {
-        const long first = (spans - 1 - i / a->kv_heads) * span;
-        const Item item = {i % a->kv_heads, first, min_l(first + span, a->tokens)};
-        Scratch s = scratch_at(memory + thread_number() * size, rows, a->dim);
-        attend_item(a, item, &s);
-    }
-    free(memory);
-    return 0;
-}
-
-/* Decode: one item a segment, whose states are then merged in order. */
-static int attend_split(const Attention *a, int threads) {
-    const long rows = a->tokens * a->group, segments = (a->length + SEGMENT - 1) / SEGMENT;
-    const long size = (scratch_floats(rows, a->dim) + 15) / 16 * 16;
-    const long state = state_floats(rows, a->dim), items = segments * a->kv_heads;
-    float *memory = allocate(size * threads + state * items);
-    if (!memory) return -1;
-    float *states = memory + size * threads;
+static void run_plan(const Attention *a, const Plan *p, float *memory, long size, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Scratch s = scratch_at(memory + thread_number() * size, rows, a->dim);
-#pragma omp for schedule(static)
-        for (long i = 0; i < items; i++) {
-            const Item item = {i / segments, 0, a->tokens};
-            const long start = i % segments * SEGMENT;
-            load_queries(a, item, &s);
-            s.segment = state_at(states + i * state, rows);
-            attend_segment(a, item, start, min_l(start + SEGMENT, a->length), &s);
-        }
-#pragma omp for schedule(static)
-        for (long i = 0; i < rows * a->kv_heads; i++) {
-            const Item item = {i / rows, 0, a->tokens};
-            clear_state(s.total, rows, a->dim);
-            for (long j = 0; j < segments; j++)
-                merge_row(s.total, i % rows,
-                          state_at(states + (item.head * segments + j) * state, rows), i % rows,
-                          a->dim);
-            store_row(a, item, s.total, i % rows);
+        const Scratch s = scratch_at(memory + thread_number() * size, &a->cache, p->most_rows);
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < p->count; i++) attend_item(a, p->items + i, s);
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < (p->state_floats ? p->count : 0); i++)
+            if (p->items[i].states && p->items[i].start == 0) merge_item(a, p->items + i, s);
+    }
+}
+
+INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+/* Whether rows, lengths and pages make sense together: what is read must lie in the cache. */
+static int check_batch(const Attention *a) {
+    if (a->starts[0] != 0 || a->starts[a->sequences] != a->tokens) return BAD_BATCH;
+    for (long seq = 0; seq < a->sequences; seq++) {
+        const long tokens = new_tokens(a, seq), length = a->lengths[seq];
+        if (tokens < 0 || length < tokens) return BAD_BATCH;
+        const long used = round_up(length, a->cache.page_size) / a->cache.page_size;
+        if (used > a->most_pages) return NO_SUCH_SLOT;
+        for (long i = 0; i < used; i++) {
+            const long page = a->pages[seq * a->page_stride + i];
+            if (page < 0 || page >= a->cache.num_pages) return NO_SUCH_SLOT;
         }
     }
-    free(memory);
     return 0;
 }
 
-/* dim a multiple of 16, tokens >= 1, length >= tokens. 0, or -1 when memory ran out. */
 int nybble_attention(const Attention *a, int threads) {
-    return a->tokens * a->group <= SPLIT_ROWS ? attend_split(a, threads)
-                                              : attend_queries(a, threads);
+    Plan p = {0};
+    const int status = check_batch(a);
+    if (status) return status;
+    plan_batch(&p, a, LONG_MAX);
+    const long longest = p.segments / (4 * threads); /* a quarter of a thread's share */
+    plan_batch(&p, a, longest);
+    const long size = round_up(scratch_floats(&a->cache, p.most_rows), 16);
+    const long floats = size * threads + p.state_floats;
+    float *memory = aligned_alloc(64, (size_t)round_up(floats * 4, 64));
+    p.items = malloc((size_t)(p.count + 1) * sizeof(Item));
+    p.states = memory + size * threads;
+    if (memory && p.items) {
+        plan_batch(&p, a, longest);
+        run_plan(a, &p, memory, size, threads);
+    }
+    const int done = memory && p.items ? 0 : NO_MEMORY;
+    free(memory);
+    free(p.items);
+    return done;
 }

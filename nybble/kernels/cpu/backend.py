@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble.errors import CapacityError, ConfigError
-from nybble.kernels.backend import Choice, LinearFn
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
 from nybble.kernels.cpu import library
 from nybble.kernels.cpu.pack import pack
 from nybble.kernels.matrix import QuantMatrix
@@ -67,19 +67,19 @@ class CpuBackend(RefBackend):
         v: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
+        layer: KVLayer,
+        batch: Batch,
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
-        kv_heads = k.shape[1]
+        if layer.quantized and dim % 16:
+            return super().rope_store(q, k, v, cos, sin, layer, batch)
         q, k, v = _heads(q), _heads(k), _heads(v)
         cos, sin = _rows(cos, dim // 2), _rows(sin, dim // 2)
-        _check_cache(keys, values, (tokens, kv_heads, dim), start + tokens)
-        if k.shape != v.shape or k.shape != (tokens, kv_heads, dim) or cos.shape != sin.shape:
-            raise ConfigError("q, k, v, cos and sin differ in shape: give one row a token each.")
-        if cos.shape[0] != tokens or dim % 2 or start < 0:
-            raise ConfigError("cos and sin need one row a token, and RoPE an even head_dim.")
+        cache = _cache(layer, dim)
+        if k.shape != v.shape or k.shape != (tokens, layer.kv_heads, dim) or dim % 2:
+            raise ConfigError("q, k and v differ in tokens or head_dim, or it is odd.")
+        if not cos.shape[0] == sin.shape[0] == batch.slots.shape[0] == tokens:
+            raise ConfigError("cos, sin and slots need one row a token each.")
         rotated = torch.empty(tokens, heads, dim)
         arguments = library.Rope(
             q.data_ptr(),
@@ -88,57 +88,41 @@ class CpuBackend(RefBackend):
             cos.data_ptr(),
             sin.data_ptr(),
             rotated.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            batch.slots.data_ptr(),
             q.stride(0),
             k.stride(0),
             v.stride(0),
-            keys.stride(0),
-            values.stride(0),
             tokens,
             heads,
-            kv_heads,
-            dim,
-            start,
-            library.KINDS[keys.dtype],
+            cache,
         )
-        self.functions.rope_store(ctypes.addressof(arguments), torch.get_num_threads())
-        return rotated
+        threads = torch.get_num_threads()
+        return _checked(rotated, self.functions.rope_store(ctypes.addressof(arguments), threads))
 
     def attention(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: int,
-        scale: float,
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
-        kv_heads = keys.shape[0]
-        _check_cache(keys, values, (tokens, kv_heads, dim), length)
-        if heads % kv_heads or tokens > length:
-            raise ConfigError(
-                f"{tokens} queries of {heads} heads do not fit {kv_heads} K/V heads and "
-                f"{length} keys: heads must be a multiple, and every query needs its own key."
-            )
+        kv_heads = layer.kv_heads
+        if heads % kv_heads:
+            raise ConfigError(f"{heads} heads are no multiple of {kv_heads} K/V heads.")
         if dim % 16:
-            return super().attention(q, keys, values, length, scale)
-        q = _rows(q, dim)
+            return super().attention(q, layer, batch, scale)
+        q, cache = _rows(q, dim), _cache(layer, dim)
         out = torch.empty(tokens, heads * dim)
         arguments = library.Attention(
             q.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
             out.data_ptr(),
+            batch.pages.data_ptr(),
+            batch.starts.data_ptr(),
+            batch.lengths.data_ptr(),
             tokens,
-            kv_heads,
+            batch.sequences,
+            batch.pages.stride(0),
+            batch.pages.shape[1],
             heads // kv_heads,
-            dim,
-            length,
-            keys.stride(0),
-            values.stride(0),
+            cache,
             scale,
-            library.KINDS[keys.dtype],
         )
         status = self.functions.attention(ctypes.addressof(arguments), torch.get_num_threads())
         return _checked(out, status)
@@ -237,27 +221,33 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().contiguous()
 
 
-def _check_cache(
-    keys: torch.Tensor, values: torch.Tensor, shape: tuple[int, int, int], length: int
-) -> None:
-    """The cache must hold `length` slots of (kv_heads, head_dim), slots dense within a head."""
-    _, kv_heads, dim = shape
-    for cache in (keys, values):
-        heads, slots, width = cache.shape
-        if heads != kv_heads or width != dim or cache.dtype is not keys.dtype or not cache.is_cpu:
-            raise ConfigError(
-                f"a cache of {tuple(cache.shape)} does not fit {kv_heads} heads of {dim}: "
-                "make keys and values alike, (kv_heads, slots, head_dim), on the CPU."
-            )
-        if slots < length:
-            raise CapacityError(f"{length} tokens do not fit a cache of {slots} slots: enlarge it.")
-        if cache.dtype not in library.KINDS or cache.stride(2) != 1 or cache.stride(1) != dim:
-            raise ConfigError(
-                "the cache must be float32, float16 or bfloat16, with slots side by side."
-            )
+def _cache(layer: KVLayer, dim: int) -> library.Cache:
+    """A layer as the C code sees it; its own checks are done where it is made."""
+    keys, (pages, kv_heads, page_size, _) = layer.keys, layer.keys.shape
+    if layer.head_dim != dim or not keys.is_cpu:
+        raise ConfigError(
+            f"a cache of heads of {layer.head_dim} on {keys.device} does not fit heads of {dim} "
+            "on the CPU: make it for this model."
+        )
+    key_scales, value_scales = layer.key_scales, layer.value_scales
+    return library.Cache(
+        keys.data_ptr(),
+        layer.values.data_ptr(),
+        None if key_scales is None else key_scales.data_ptr(),
+        None if value_scales is None else value_scales.data_ptr(),
+        pages,
+        kv_heads,
+        page_size,
+        dim,
+        library.CACHE_KINDS[layer.kind],
+    )
 
 
 def _checked(out: torch.Tensor, status: int) -> torch.Tensor:
-    if status != 0:
-        raise CapacityError("the memory ran out: close other programs or shorten the prompt.")
-    return out
+    if status == 0:
+        return out
+    if status == library.NO_SUCH_SLOT:
+        raise CapacityError("a page of the batch is not in the cache: enlarge the cache.")
+    if status == library.BAD_BATCH:
+        raise ConfigError("starts and lengths do not fit: every query needs its own row and key.")
+    raise CapacityError("the memory ran out: close other programs or shorten the prompt.")

@@ -11,6 +11,8 @@ import torch
 from nybble.kernels.cpu import compile
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum of simd.h
+CACHE_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # the same
+NO_SUCH_SLOT, BAD_BATCH = -2, -3  # the enum of cache.h
 
 _long, _int, _float, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
@@ -32,22 +34,28 @@ class Dense(ctypes.Structure):
     )
 
 
+class Cache(ctypes.Structure):
+    _fields_ = (
+        *((name, _pointer) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, _long) for name in ("num_pages", "kv_heads", "page_size", "dim")),
+        ("kind", _int),
+    )
+
+
 class Rope(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("q", "k", "v", "cos", "sin", "rotated", "keys", "values")),
-        *((f"{name}_stride", _long) for name in ("q", "k", "v", "keys", "values")),
-        *((name, _long) for name in ("tokens", "q_heads", "kv_heads", "dim", "start")),
-        ("cache_kind", _int),
+        *((name, _pointer) for name in ("q", "k", "v", "cos", "sin", "rotated", "slots")),
+        *((name, _long) for name in ("q_stride", "k_stride", "v_stride", "tokens", "q_heads")),
+        ("cache", Cache),
     )
 
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("q", "keys", "values", "out")),
-        *((name, _long) for name in ("tokens", "kv_heads", "group", "dim", "length")),
-        *((f"{name}_stride", _long) for name in ("keys", "values")),
+        *((name, _pointer) for name in ("q", "out", "pages", "starts", "lengths")),
+        *((name, _long) for name in ("tokens", "sequences", "page_stride", "most_pages", "group")),
+        ("cache", Cache),
         ("scale", _float),
-        ("cache_kind", _int),
     )
 
 
@@ -57,7 +65,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "nybble_dense_linear": (None, [_pointer, _pointer, _long, _pointer, _int]),
     "nybble_rms_norm": (None, [_pointer, _pointer, _int, _float, _long, _long, _pointer, _int]),
     "nybble_silu_mul": (None, [_pointer, _long, _long, _pointer, _int]),
-    "nybble_rope_store": (None, [_pointer, _int]),
+    "nybble_rope_store": (_int, [_pointer, _int]),
     "nybble_attention": (_int, [_pointer, _int]),
 }
 

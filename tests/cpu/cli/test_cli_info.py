@@ -33,7 +33,7 @@ def test_info_of_a_16_bit_folder() -> None:
     assert facts["disk_bytes"] == 4 * parameters  # the toy is fp32
     assert facts["quantisation"] is None
     assert facts["tokenizer"] is False
-    assert facts["kv_bytes_per_token"] == {"fp16": 512.0, "int8": 256.0, "int4": 128.0}
+    assert facts["kv_bytes_per_token"] == {"fp16": 512, "int8": 288, "int4": 192}
     assert facts["architecture"]["layers"] == 2
 
 

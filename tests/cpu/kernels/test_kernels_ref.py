@@ -61,29 +61,3 @@ def test_quantize_dense_gives_q8_0_back():
     assert torch.equal(unpack(matrix.words, 8, 128).t(), codes.flatten(1).int() + 128)
     # Three roundings to 11 bits: the weight, the block's largest weight, the scale.
     torch.testing.assert_close(dequantize(matrix).t(), weight.float(), rtol=3 * 2**-11, atol=1e-7)
-
-
-def test_rope_turns_pairs_by_their_angle(ref):
-    q = torch.randn(2, 3, 8)
-    angle = torch.rand(2, 4)
-    cache = torch.zeros(3, 5, 8)
-    turned = ref.rope_store(q, q, q, angle.cos(), angle.sin(), cache, torch.zeros(3, 5, 8), 1)
-    pairs = torch.complex(q[..., :4], q[..., 4:]) * torch.polar(torch.ones(2, 4), angle)[:, None]
-    torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
-    torch.testing.assert_close(cache[:, 1:3], turned.transpose(0, 1))
-    assert not cache[:, 0].any()
-    assert not cache[:, 3:].any()
-
-
-def test_attention_equals_torch(ref):
-    q, keys, values = torch.randn(7, 6, 16), torch.randn(2, 30, 16), torch.randn(2, 30, 16)
-    got = ref.attention(q, keys, values, 7, 0.3)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys[None, :, :7],
-        values[None, :, :7],
-        is_causal=True,
-        scale=0.3,
-        enable_gqa=True,
-    )
-    torch.testing.assert_close(got, expected[0].transpose(0, 1).reshape(7, -1))

@@ -1,0 +1,67 @@
+/* The pages of keys and values, as KVLayer in kernels/backend.py describes them. */
+#ifndef NYBBLE_CACHE_H
+#define NYBBLE_CACHE_H
+
+#include "simd.h"
+
+#define KV_GROUP 64 /* dimensions of a head that share a step and a low in four bits */
+
+typedef struct {
+    void *keys, *values;                 /* (num_pages, kv_heads, page_size, dim) of kind */
+    uint16_t *key_scales, *value_scales; /* fp16, NULL for the float kinds */
+    long num_pages, kv_heads, page_size, dim;
+    int kind;
+} Cache;
+
+enum { NO_MEMORY = -1, NO_SUCH_SLOT = -2, BAD_BATCH = -3 }; /* what a function may return */
+
+INLINE long cache_row(const Cache *c, long page, long head, long offset) {
+    return (page * c->kv_heads + head) * c->page_size + offset;
+}
+
+INLINE int is_quantized(int kind) { return kind == KIND_I8 || kind == KIND_I4; }
+
+INLINE long element_bytes(long elements, int kind) {
+    if (kind == KIND_I4) return elements / 2;
+    return kind == KIND_I8 ? elements : elements * kind_size(kind);
+}
+
+/* Dimensions that share a scale, and fp16 numbers a slot. */
+INLINE long scale_span(const Cache *c, int kind) { return kind == KIND_I4 ? KV_GROUP : c->dim; }
+
+INLINE long scales_per_slot(const Cache *c, int kind) {
+    if (!is_quantized(kind)) return 0;
+    return kind == KIND_I4 ? 2 * ((c->dim + KV_GROUP - 1) / KV_GROUP) : 1;
+}
+
+/* Sixteen elements as fp32: codes, where the kind has them. */
+INLINE f32x16 load_cached(const void *p, long i, int kind) {
+    if (kind == KIND_I8) {
+        i8x16 codes;
+        memcpy(&codes, (const int8_t *)p + i, sizeof codes);
+        return to_f32(__builtin_convertvector(codes, i32x16));
+    }
+    if (kind == KIND_I4) { /* byte j holds elements 2j and 2j + 1 */
+        uint64_t bytes;
+        memcpy(&bytes, (const uint8_t *)p + i / 2, sizeof bytes);
+        const uint64_t low = bytes & 0x0f0f0f0f0f0f0f0f, high = bytes >> 4 & 0x0f0f0f0f0f0f0f0f;
+        u8x16 codes;
+        memcpy(&codes, &low, 8);
+        memcpy((char *)&codes + 8, &high, 8);
+#if defined(__clang__)
+        codes = __builtin_shufflevector(codes, codes, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+        codes = __builtin_shuffle(codes, (u8x16){0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+        return to_f32(__builtin_convertvector(codes, i32x16));
+    }
+    return load_kind(p, i, kind);
+}
+
+/* The value of codes whose scale says `step` and, in four bits, `low`. */
+INLINE f32x16 dequantize(f32x16 codes, f32x16 step, f32x16 low, int kind) {
+    if (kind == KIND_I4) return codes * step + low;
+    return kind == KIND_I8 ? codes * step : codes;
+}
+
+#endif

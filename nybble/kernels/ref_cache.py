@@ -1,0 +1,90 @@
+"""The reference's cache: how keys and values are rotated, rounded, put in pages and read back."""
+
+from __future__ import annotations
+
+import torch
+
+from nybble.config import KV_GROUP
+from nybble.kernels.backend import KVLayer
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Multiply blocks of the last dimension with the normalised Walsh-Hadamard matrix.
+
+    It spreads a channel's outliers over its block and is its own inverse. Blocks are as large as
+    a power of two can be; with blocks of 2 x stays as it is. Ashkboos et al. 2024 (QuaRot).
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    if block <= 2:
+        return x
+    matrix = torch.ones(1, 1, device=x.device)
+    while matrix.shape[0] < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    return torch.matmul(blocks, matrix * block**-0.5).flatten(-2)
+
+
+def store(
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    kind: str,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+) -> None:
+    """Put x fp32 (tokens, kv_heads, head_dim) into the slots int32 (tokens,) of a cache."""
+    page_size = cache.shape[2]
+    page, offset = slots.long() // page_size, slots.long() % page_size
+    if scales is None:
+        cache[page, :, offset] = x.to(cache.dtype)
+        return
+    codes, steps = _QUANTIZE[kind](x)
+    cache[page, :, offset], scales[page, :, offset] = codes, steps
+
+
+def gather(layer: KVLayer, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence's keys and values, fp32 (kv_heads, length, head_dim), from its pages (most,)."""
+    used = pages[: -(-length // layer.page_size)].long()
+
+    def rows(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        x = dequantize(cache[used], None if scales is None else scales[used])
+        return x.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    return rows(layer.keys, layer.key_scales), rows(layer.values, layer.value_scales)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Slots of a cache in any kind (..., head_dim) -> fp32."""
+    if scales is None:
+        return codes.float()
+    if codes.dtype is torch.int8:
+        return codes.float() * scales.float().unsqueeze(-1)
+    x = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).float()
+    step, low = scales.float().repeat_interleave(KV_GROUP, -2)[..., : x.shape[-1], :].unbind(-1)
+    return x * step + low
+
+
+def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = (x.abs().amax(-1) / 127).to(torch.float16)
+    return _round(x, scales.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), scales
+
+
+def _quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two codes a byte, and (step, low) per group."""
+    dim, groups = x.shape[-1], -(-x.shape[-1] // KV_GROUP)
+    # The short group is filled up with its last element, which changes neither end of it.
+    last = x[..., -1:].expand(*x.shape[:-1], groups * KV_GROUP - dim)
+    grouped = torch.cat((x, last), -1).view(*x.shape[:-1], groups, KV_GROUP)
+    low, top = grouped.amin(-1), grouped.amax(-1)
+    scales = torch.stack((((top - low) / 15), low), -1).to(torch.float16)
+    step, low = scales.unsqueeze(-2).unbind(-1)
+    codes = _round(grouped - low.float(), step).clamp(0, 15).to(torch.uint8).flatten(-2)
+    codes = codes[..., :dim]
+    return codes[..., ::2] | codes[..., 1::2] << 4, scales
+
+
+def _round(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """x / step to the nearest integer; 0 where the step vanished or is no number."""
+    return torch.where(step > 0, x / step.float(), 0.0).round().nan_to_num(0.0)
+
+
+_QUANTIZE = {"int8": _quantize_int8, "int4": _quantize_int4}
