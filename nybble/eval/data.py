@@ -81,17 +81,21 @@ class Source:
 
 def _unpacked(archive: Path, folder: Path) -> Path:
     """Archives are unpacked once; a stamp says that it was finished."""
+    stamp = folder / ".unpacked"
     if archive.suffix not in (".zip", ".tar"):
         return archive
-    stamp = folder / ".unpacked"
-    if not stamp.exists():
+    if stamp.exists():
+        return folder
+    try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as zipped:
                 zipped.extractall(folder)
         else:
             with tarfile.open(archive) as tarred:
                 tarred.extractall(folder, filter="data")
-        stamp.touch()
+    except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{archive} cannot be unpacked ({error}): fetch it again.") from error
+    stamp.touch()
     return folder
 
 

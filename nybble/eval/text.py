@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 Tokens = Callable[[str], Sequence[str]]
 """Cuts a text into the tokens of a model."""
 
 _PIECE = re.compile(r"\S+\s*")
-_SAMPLE = 20_000  # characters from which the tokens a word are estimated
+_SAMPLE = 5000  # words from which the tokens a word are estimated
 
 
 def words(text: str) -> list[str]:
@@ -18,29 +19,29 @@ def words(text: str) -> list[str]:
 
 
 def stretch(text: str, length: int, tokens: Tokens) -> str:
-    """Whole words of `text`, repeated as often as need be, of nearly `length` tokens at most."""
+    """Whole words of `text`, repeated as often as need be: as many as `length` tokens hold."""
     pieces = _PIECE.findall(text.strip() + "\n\n")
-    count = _estimate(pieces, length, tokens)
-    return shorten("".join(pieces * (count // len(pieces) + 1)).strip(), length, tokens)
+    needed = _more_than_enough(pieces, length, tokens)
+    return shorten("".join(pieces * (needed // len(pieces) + 1)), length, tokens)
 
 
 def shorten(text: str, length: int, tokens: Tokens, keep_end: bool = False) -> str:
-    """The first (or last) whole words of `text` that make at most `length` tokens.
+    """The most words from the start (or the end) of `text` that make at most `length` tokens.
 
-    At least one word stays. Estimated in proportion first, then trimmed until it fits.
+    At least one word stays.
     """
     pieces = _PIECE.findall(text)
-    count = min(len(pieces), _estimate(pieces, length, tokens))
-    while True:
-        part = "".join(pieces[-count:] if keep_end else pieces[:count]).strip()
-        over = len(tokens(part)) - length
-        if over <= 0 or count <= 1:
-            return part
-        count = max(1, min(count - 1, count * length // (length + over)))
+    most = min(len(pieces), _more_than_enough(pieces, length, tokens))
+
+    def part(count: int) -> str:
+        return "".join(pieces[-count:] if keep_end else pieces[:count]).strip()
+
+    count = bisect_right(range(1, most + 1), length, key=lambda count: len(tokens(part(count))))
+    return part(max(1, count))
 
 
-def _estimate(pieces: Sequence[str], length: int, tokens: Tokens) -> int:
-    """Somewhat more words than `length` tokens should need."""
-    sample = "".join(pieces)[:_SAMPLE]
-    per_token = len(_PIECE.findall(sample)) / max(1, len(tokens(sample)))
-    return max(1, int(1.1 * length * per_token) + 1)
+def _more_than_enough(pieces: Sequence[str], length: int, tokens: Tokens) -> int:
+    """A number of words that surely makes more than `length` tokens, found on a sample."""
+    sample = "".join(pieces[:_SAMPLE])
+    per_token = min(len(pieces), _SAMPLE) / max(1, len(tokens(sample)))
+    return int(1.5 * length * per_token) + 10

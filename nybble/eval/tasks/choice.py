@@ -17,8 +17,8 @@ _ENGLISH = tuple(
     re.compile(pattern)
     for pattern in (
         # "the answer is B", "choose B"; not "the answer is not A"
-        rf"(?:[Cc]hoose|(?:[Aa]nswer|[Cc]hoice)(?!{_NO}{{0,20}}?(?:n't|not)){_NO}{{0,12}}?)"
-        rf"\b{_NO}{{0,20}}?\b([ABCD])\b",
+        rf"(?:[Cc]hoose|(?:[Aa]nswer|[Cc]hoice)(?!{_NO}{{0,20}}?(?:n't|not)){_NO}{{0,12}}?\b)"
+        rf"{_NO}{{0,20}}?\b([ABCD])\b",
         # "B is correct"; not "B is not correct"
         rf"\b([ABCD])\b(?!{_NO}{{0,8}}?(?:n't|not){_NO}{{0,5}}?(?:correct|right))"
         rf"{_NO}{{0,10}}?\b(?:correct|right)\b",
@@ -31,8 +31,8 @@ _CHINESE = tuple(
     re.compile(pattern)
     for pattern in (
         # 答案是B、选B; not 答案不是A
-        rf"(?:选择?|选定|(?:答案|选项)(?!{_NO}{{0,10}}?[不非]{_NO}{{0,10}}?{_IS}){_NO}{{0,10}}?{_IS})"
-        rf"{_NO}{{0,10}}?([ABCD])(?:选项)?(?:[)。.，,．、ABCD]|$)",
+        rf"(?:选择?|选定|(?:答案|选项)(?!{_NO}{{0,10}}?[不非]{_NO}{{0,10}}?{_IS})"
+        rf"{_NO}{{0,10}}?{_IS}{_NO}{{0,10}}?)([ABCD])(?:选项)?(?:[)。.，,．、ABCD]|$)",
         # B选项正确、B符合题意; not B不正确
         rf"([ABCD])(?:选?项)?(?!{_NO}{{0,4}}?[不非]{_NO}{{0,4}}?(?:正确|对|符合))"
         rf"{_NO}{{0,4}}?(?:正确|对|符合)",

@@ -30,6 +30,8 @@ _FILES = ("HumanEval.jsonl", "HumanEval.jsonl.gz")
 _FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 _SECONDS = 3.0
 _KS = (1, 10, 100)
+_FENCE = "```"
+_DEDENT = re.compile(r"\n(?!\n*(?:  |\t))")
 _BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 # What ends a base model's completion: a blank line or the next function (the card's script).
 _BASE_END = re.compile(r"\n\n|def ")
@@ -91,6 +93,10 @@ class HumanEval(Task):
         name = row.get("entry_point") or (names[-1] if names else None)
         if name is None:
             raise RequestError("A HumanEval row needs its prompt as query, or an entry_point.")
+        if "def check" not in row["gt"]:
+            raise RequestError(
+                "The gt of a HumanEval row must be its test program, def check(...)."
+            )
         return {"entry_point": name}
 
     def aggregate(self, rows: Sequence[Row]) -> Summary:
@@ -130,18 +136,27 @@ def function_body(output: str, entry_point: str) -> str:
     imports outside the body are lost. A text that begins indented and does not define the function
     is a completion already (the script would break it).
     """
-    name = re.escape(entry_point)
-    if _indented(output) and not re.search(rf"def\s+{name}\b", output):
+    define = re.compile(rf"def\s+{re.escape(entry_point)}")
+    if _indented(output) and not define.search(output):
         return output
-    until_dedent = r".*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)"
-    for pattern in (
-        rf"```(?:[Pp]ython\n)?.*?def\s+{name}.*?:\n(.*?)\n```",
-        rf"def\s+{name}{until_dedent}",
-        rf"def{until_dedent}",
-    ):
-        if match := re.search(pattern, output, re.DOTALL):
-            return match.group(1)
+    if (fence := output.find(_FENCE)) >= 0 and (
+        start := _body(define, output, fence + 3)
+    ) is not None:
+        end = output.find("\n" + _FENCE, start)
+        if end >= 0:
+            return output[start:end]
+    for pattern in (define, re.compile("def")):
+        if (start := _body(pattern, output)) is not None:
+            ending = _DEDENT.search(output, start)
+            return output[start : ending.start()] if ending else output[start:]
     return textwrap.indent(output, " " * 4)
+
+
+def _body(define: re.Pattern[str], text: str, begin: int = 0) -> int | None:
+    """Where the line below a function's colon starts."""
+    found = define.search(text, begin)
+    colon = text.find(":\n", found.end()) if found else -1
+    return colon + 2 if colon >= 0 else None
 
 
 def whole_code(output: str, prompt: str, entry_point: str) -> str:

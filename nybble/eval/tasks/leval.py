@@ -153,7 +153,7 @@ def _both(text: str) -> tuple[str, str]:
         raise RequestError(
             f"{text[:60]!r} has no [fact: ...]: sci_fi rows are written `True [fact: False]`."
         )
-    return match.group(1).strip(), match.group(2).rstrip("] \n")
+    return match.group(1).strip(), match.group(2).strip("] \n")
 
 
 # -- multiple choice ---------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""`nybble eval` from its arguments to files, output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from eval_mocks import Mock, searcher
+from typer.testing import CliRunner
+
+from nybble.cli.app import app
+
+DATA = Path(__file__).parents[2] / "data" / "eval"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    shutil.copy(DATA / "gsm8k-test.jsonl", tmp_path / "data" / "gsm8k" / "test.jsonl")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    """Stands in for a loaded model; answers 18, which is right once."""
+    monkeypatch.chdir(tmp_path)
+    llm = SimpleNamespace(config=SimpleNamespace(quant=SimpleNamespace(bits=4)))
+    monkeypatch.setattr("nybble.cli.loading.load", lambda *_, **__: llm)
+    mock = Mock(lambda text: searcher(text) if "San Francisco" in text else "The answer is $18.")
+    monkeypatch.setattr("nybble.eval.answerers.LocalModel", lambda *_: mock)
+    return mock
+
+
+def test_score_prints_json(tmp_path):
+    file = tmp_path / "p.jsonl"
+    rows = [
+        {"query": "?", "gt": "C", "prediction": "C"},
+        {"query": "?", "gt": "BD", "prediction": "B"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("score", "leval-coursera", "--predictions", file, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["score"] == 62.5
+    assert json.loads(result.stdout)["n"] == 2
+    assert run("score", "leval-coursera", "--predictions", file).stdout.startswith(
+        "leval-coursera: 62.50 (95 % "
+    )
+
+
+def test_a_run_and_its_report(model, gsm8k, tmp_path):
+    result = run("gsm8k", "demo", "--data", gsm8k, "--limit", 4, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["gsm8k"]["score"] == 25
+    folder = tmp_path / "eval-runs" / "demo-card-0shot"
+    assert json.loads((folder / "run.json").read_text())["weights"] == "Int4"
+    assert len((folder / "gsm8k.jsonl").read_text().splitlines()) == 4
+    assert run("gsm8k", "demo", "--data", gsm8k).stdout.startswith("gsm8k: 16.67")
+    assert len(model.prompts) == 6
+    result = run("report", folder, "--out", tmp_path / "report")
+    assert result.exit_code == 0
+    assert "| 75.3 |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_all_leaves_out_what_has_no_data(model, gsm8k, monkeypatch):
+    monkeypatch.setattr("nybble.eval.task.Settings.lengths", (200,))
+    monkeypatch.setattr("nybble.eval.task.Settings.depths", (50,))
+    result = run("all", "demo", "--data", gsm8k, "--out", "r")
+    assert result.exit_code == 0, result.stderr
+    assert "gsm8k: 16.67" in result.stdout
+    for name in ("ceval", "mmlu", "humaneval", "leval-coursera", "tools"):
+        assert f"{name} is left out" in result.stderr
+
+
+def test_the_needle_without_data(model):
+    result = run("needle", "demo", "--lengths", "200,300", "--depths", "0,100", "--out", "r")
+    assert result.stdout.startswith("needle: 100.00")
+    assert len(model.prompts) == 4
+
+
+def test_part_of_leval(model, tmp_path):
+    row = {"input": "text", "instructions": ["Q"], "outputs": ["18"]}
+    (tmp_path / "gsm100.jsonl").write_text(json.dumps(row))
+    result = run("leval", "demo", "--data", tmp_path, "--subjects", "gsm100", "--out", "r")
+    assert result.stdout.startswith("leval-gsm100: 100.00")
+
+
+def test_an_endpoint_needs_no_model(monkeypatch, gsm8k, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    mock = Mock(lambda _: "18")
+    monkeypatch.setattr("nybble.eval.answerers.Endpoint", lambda *_, **__: mock)
+    result = run("gsm8k", "m", "--endpoint", "http://x/v1", "--data", gsm8k, "--out", "r")
+    assert result.stdout.startswith("gsm8k: 16.67")
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["weights"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gsm8k", "demo", "--protocol", "old"), "use card or modern"),
+        (("gsm8k", "demo", "--limit", "0"), "at least 1"),
+        (("gsm8k", "demo", "--samples", "3"), "--temperature"),
+        (("gsm8k", "demo", "--batch", "0"), "--batch"),
+        (("gsm8k", "demo", "--shots", "3"), "--shots"),
+        (("needle", "demo", "--lengths", "1k"), "whole numbers"),
+        (("leval", "demo", "--subjects", "poems"), "no benchmark 'leval-poems'"),
+        (("score", "gsm9k", "--predictions", "p.jsonl"), "cannot be read"),
+        (("report", "nowhere"), "folder of a run"),
+    ],
+)
+def test_refusals_are_one_line(model, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
