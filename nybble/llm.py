@@ -16,6 +16,7 @@ from nybble.errors import ConfigError, RequestError
 from nybble.kernels import select_backend
 from nybble.model import read_model_config
 from nybble.model.loader import load_decoder
+from nybble.model.names import NAMES
 from nybble.outputs import Completion, TextStream, no_tokenizer
 from nybble.resolve import resolve
 from nybble.sampling import SamplingParams
@@ -76,15 +77,17 @@ class LLM:
             if progress is not None:
                 progress("Loading", done, total)
 
-        exact = options.dtype == "float32"
-        self.backend = select_backend(_device(options.device), exact=exact)
-        logger.info("Running on %s", self.backend.name)
+        exact, dtype = options.dtype == "float32", _DTYPES.get(options.dtype)
         checkpoint = Checkpoint.open(self.folder)
-        dtype = _DTYPES.get(options.dtype)
+        self.backend = select_backend(
+            _device(options.device), exact=exact, dtype=dtype or self._stored_dtype(checkpoint)
+        )
+        logger.info("Running on %s", self.backend.name)
         decoder = load_decoder(checkpoint, self.config, self.backend, dtype, loading)
         kv_dtype = options.kv_dtype
         if kv_dtype == "auto":
-            kv_dtype = "float32" if exact else "float16"
+            kv_dtype = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
+            kv_dtype = "float32" if exact else kv_dtype
         tokenizer = self.tokenizer
         return Engine(
             decoder,
@@ -97,6 +100,11 @@ class LLM:
             kv_dtype=kv_dtype,
             prefill_chunk=options.prefill_chunk,
         )
+
+    def _stored_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        """The 16-bit type that the model was made in: that of its norms."""
+        stored = checkpoint.info(NAMES[self.config.family].norm + ".weight").dtype
+        return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
 
     def _eos_ids(self) -> frozenset[int]:
         ids = frozenset(self.config.eos_token_ids) | self._defaults.eos_token_ids
@@ -236,14 +244,17 @@ class _GenerationDefaults:
 
 
 def _device(name: str) -> torch.device:
+    """auto: the GPU if its kernels can run, else the CPU."""
     if name == "auto":
-        return torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device is {name!r}: use auto or cpu.") from None
-    if device.type != "cpu":
-        raise ConfigError(f"device {name!r} is not supported by this version: use cpu.")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}: use auto, cpu, cuda or cuda:1.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch finds no GPU: use cpu.")
     return device
 
 

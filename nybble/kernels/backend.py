@@ -173,6 +173,18 @@ class Backend(Protocol):
         """Pack a quantised matrix for the fastest kernel that takes it."""
         ...
 
+    def gate_up_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        """quant_linear for a matrix of gate, then up, outputs that only `swiglu` will use."""
+        ...
+
+    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        """silu_mul(gate_up(x)), in one pass where the linear can."""
+        ...
+
+    def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        """residual + linear(x), in one pass where the linear can; residual is left as it was."""
+        ...
+
     def choose(self, matrix: QuantMatrix) -> Choice:
         """Which kernel quant_linear takes for a matrix of this kind, and why not a faster one."""
         ...

@@ -143,6 +143,15 @@ class RefBackend:
 
         return linear
 
+    def gate_up_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        return self.quant_linear(matrix, bias)
+
+    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        return self.silu_mul(gate_up(x))
+
+    def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        return residual + linear(x)
+
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         def linear(x: torch.Tensor) -> torch.Tensor:
             wide_bias = None if bias is None else bias.float()

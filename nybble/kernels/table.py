@@ -73,19 +73,25 @@ def choose_kernel(backend: str, matrix: QuantMatrix) -> Choice:
     )
 
 
-def _cpu(device: torch.device) -> Backend:
+def _cpu(device: torch.device, dtype: torch.dtype | None) -> Backend:
     from nybble.kernels.cpu.backend import CpuBackend
 
     return CpuBackend.load()
 
 
-def _torch(device: torch.device) -> Backend:
+def _cuda(device: torch.device, dtype: torch.dtype | None) -> Backend:
+    from nybble.kernels.cuda.backend import CudaBackend
+
+    return CudaBackend(device, dtype or torch.float16)
+
+
+def _torch(device: torch.device, dtype: torch.dtype | None) -> Backend:
     from nybble.kernels.torch_cpu import TorchBackend
 
     return TorchBackend()
 
 
-def _ref(device: torch.device) -> Backend:
+def _ref(device: torch.device, dtype: torch.dtype | None) -> Backend:
     from nybble.kernels.ref import RefBackend
 
     return RefBackend(device)
@@ -97,24 +103,27 @@ class Candidate:
 
     name: str
     devices: tuple[str, ...]
-    make: Callable[[torch.device], Backend]
+    make: Callable[[torch.device, torch.dtype | None], Backend]
 
 
 # In order of preference on a device.
 CANDIDATES = (
     Candidate("cpu", ("cpu",), _cpu),
     Candidate("torch", ("cpu",), _torch),
+    Candidate("cuda", ("cuda",), _cuda),
     Candidate("ref", ("cpu", "cuda", "mps", "xpu"), _ref),
 )
 
 
 def choose_backend(
-    device: torch.device | str = "cpu", prefer: str | None = None
+    device: torch.device | str = "cpu",
+    prefer: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Backend, Choice]:
     """The kernels that run on a device, and why those before them were refused.
 
-    `prefer` names one of them and allows no other: an unknown name, or one that cannot run
-    here, is a ConfigError.
+    dtype: of activations on a GPU, fp16 or bf16; the CPU computes in fp32. `prefer` names one of
+    them and allows no other: an unknown name, or one that cannot run here, is a ConfigError.
     """
     device = torch.device(device)
     candidates = [c for c in CANDIDATES if device.type in c.devices]
@@ -128,7 +137,7 @@ def choose_backend(
         if prefer not in (None, candidate.name):
             continue
         try:
-            backend = candidate.make(device)
+            backend = candidate.make(device, dtype)
         except NybbleError as error:
             refused.append(f"{candidate.name}: {error}")
             continue
@@ -137,7 +146,14 @@ def choose_backend(
 
 
 def select_backend(
-    device: torch.device | str = "cpu", *, exact: bool = False, prefer: str | None = None
+    device: torch.device | str = "cpu",
+    *,
+    exact: bool = False,
+    prefer: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Backend:
-    """The fastest kernels of a device, or with `exact` the reference, in fp32 throughout."""
-    return choose_backend(device, "ref" if exact else prefer)[0]
+    """The fastest kernels of a device, or with `exact` the reference, in fp32 throughout.
+
+    dtype: of activations on a GPU, fp16 or bf16.
+    """
+    return choose_backend(device, "ref" if exact else prefer, None if exact else dtype)[0]

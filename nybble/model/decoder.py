@@ -78,11 +78,12 @@ class Decoder:
         """x (tokens, hidden) -> the same, one block further."""
         layer, ops, eps = self.layers[index], self.backend, self.config.norm_eps
         h = ops.rms_norm(x, layer.input_norm, eps)
-        x = x + self.attention(index, h, step)
+        x = ops.add_linear(x, layer.o_proj, self.attention(index, h, step))
         h = ops.rms_norm(x, layer.post_norm, eps)
-        return x + layer.down_proj(ops.silu_mul(layer.gate_up_proj(h)))
+        return ops.add_linear(x, layer.down_proj, ops.swiglu(layer.gate_up_proj, h))
 
     def attention(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x (tokens, hidden), normed -> (tokens, q_size): what o_proj is given."""
         layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
@@ -94,7 +95,7 @@ class Decoder:
         q = self.backend.rope_store(q, k, v, at.cos, at.sin, cache, batch)
         if at.query_scale is not None:
             q = q * at.query_scale
-        return layer.o_proj(self.backend.attention(q, cache, batch, scale))
+        return self.backend.attention(q, cache, batch, scale)
 
     @torch.inference_mode()
     def trace(self, ids: torch.Tensor, step: Step) -> Iterator[tuple[str, torch.Tensor]]:

@@ -161,7 +161,7 @@ class Loader:
 
     def layer(self, index: int) -> Layer:
         norms = {field: self._norm(name) for field, name in self._norm_names(index)}
-        fns = {field: self._linear(parts) for field, parts in self._linears(index).items()}
+        fns = {name: self._linear(name, parts) for name, parts in self._linears(index).items()}
         return Layer(
             input_norm=norms["input_norm"],
             qkv_proj=fns["qkv_proj"],
@@ -194,19 +194,21 @@ class Loader:
     def _norm(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name).to(self.backend.device, self.backend.dtype)
 
-    def _linear(self, parts: list[_Part]) -> LinearFn:
+    def _linear(self, name: str, parts: list[_Part]) -> LinearFn:
         """One function for all parts; parts that cannot be fused run side by side."""
         bias = self._bias(parts)
         quant = self.config.quant
         if quant is not None and all(f"{p.name}.qweight" in self.checkpoint for p in parts):
             matrix = gptq.concat([self._matrix(part, quant) for part in parts])
             if matrix is not None:
-                return self.backend.quant_linear(matrix, bias)
+                paired = name == "gate_up_proj"
+                pack = self.backend.gate_up_linear if paired else self.backend.quant_linear
+                return pack(matrix, bias)
         elif not any(f"{p.name}.qweight" in self.checkpoint for p in parts):
             weights = [self._float(f"{part.name}.weight") for part in parts]
             weight = torch.cat(weights) if len(weights) > 1 else weights[0]
             return self.backend.dense_linear(weight, bias)
-        return _side_by_side([self._linear([part]) for part in parts])
+        return _side_by_side([self._linear(part.name, [part]) for part in parts])
 
     def _matrix(self, part: _Part, quant: QuantConfig) -> QuantMatrix:
         def read(suffix: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ LAYERS = [
     {"resolve"},
     {"llm"},
     {"compat", "measure"},
+    {"bench", "eval"},
     {"cli"},
     {"__main__"},
 ]

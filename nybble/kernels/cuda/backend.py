@@ -81,6 +81,21 @@ class CudaBackend:
         dense = self.dense_linear(ref.dequantize(matrix).t(), bias)
         return lambda x: dense(ref.gather_inputs(x, matrix))
 
+    def gate_up_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
+        if refusal(matrix) is None and bias is None:
+            return CudaLinear(matrix, dtype=self.dtype, paired=True)
+        return self.quant_linear(matrix, bias)
+
+    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(gate_up, CudaLinear) and gate_up.matrix.paired:
+            return gate_up(x)
+        return self.silu_mul(gate_up(x))
+
+    def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(linear, CudaLinear):
+            return linear(x, residual)
+        return residual + linear(x)
+
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         """By cuBLAS, which adds in fp32."""
         weight = weight.to(self.device, self.dtype).contiguous()

@@ -26,7 +26,7 @@ def plain_candidates(logits: list[float], params: SamplingParams) -> set[int]:
     weights = [math.exp(logits[i] - logits[order[0]]) for i in order]
     total, before, kept = sum(weights), 0.0, []
     for token, weight in zip(order, weights, strict=True):
-        if before / total < params.top_p or not kept:
+        if params.top_p == 1 or before / total < params.top_p or not kept:
             kept.append((token, weight))
         before += weight
     return {token for token, weight in kept if weight >= params.min_p * kept[0][1]}

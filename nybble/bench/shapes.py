@@ -1,0 +1,109 @@
+"""Models of true shape and random weights: speed and memory do not depend on the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nybble.config import ModelConfig, QuantConfig, RopeConfig
+from nybble.errors import ConfigError
+from nybble.kernels.backend import Backend, LinearFn
+from nybble.kernels.cuda.samples import random_matrix
+from nybble.model.decoder import Decoder, Layer
+
+_GROUP_SIZE = 128
+
+
+def _qwen(layers: int, heads: int, intermediate: int, vocab: int, theta: float) -> ModelConfig:
+    """A first-generation Qwen: heads of 128, as many for keys and values."""
+    return ModelConfig(
+        family="qwen",
+        hidden_size=heads * 128,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=128,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta),
+        max_context=32768,
+        trained_context=32768,
+        qkv_bias=True,
+        quant=QuantConfig(4, _GROUP_SIZE, desc_act=False, sym=True),
+    )
+
+
+SHAPES: Mapping[str, ModelConfig] = {
+    "qwen-1.8b-int4": _qwen(24, 16, 5504, 151936, 10000.0),
+    "qwen-7b-int4": _qwen(32, 32, 11008, 151936, 10000.0),
+    "qwen-14b-int4": _qwen(40, 40, 13696, 152064, 10000.0),
+    "qwen-72b-int4": _qwen(80, 64, 24576, 152064, 1000000.0),
+}
+
+
+@dataclass
+class _Draw:
+    """Random weights whose products keep the size of their inputs, so that nothing overflows."""
+
+    backend: Backend
+    random: torch.Generator
+
+    def floats(self, rows: int, columns: int) -> torch.Tensor:
+        out = torch.empty(rows, columns, dtype=torch.float16, device=self.backend.device)
+        return out.normal_(generator=self.random)
+
+    def norm(self, size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=self.backend.dtype, device=self.backend.device)
+
+    def linear(
+        self, inputs: int, outputs: int, biased: bool = False, paired: bool = False
+    ) -> LinearFn:
+        # Uniform codes of 4 bits have a standard deviation of 4.6.
+        matrix = random_matrix(
+            inputs,
+            outputs,
+            group_size=_GROUP_SIZE,
+            scale=inputs**-0.5 / 4.6,
+            random=self.random,
+        )
+        bias = self.floats(1, outputs)[0] if biased else None
+        pack = self.backend.gate_up_linear if paired else self.backend.quant_linear
+        return pack(matrix, bias)
+
+
+def shape(name: str) -> ModelConfig:
+    if name not in SHAPES:
+        raise ConfigError(f"There is no shape {name!r}: choose one of {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def random_decoder(config: ModelConfig, backend: Backend, seed: int = 0) -> Decoder:
+    """A decoder of this shape, its weights drawn on the backend's device; peak memory one matrix
+    above the model's own."""
+    draw = _Draw(backend, torch.Generator(backend.device).manual_seed(seed))
+    hidden, width = config.hidden_size, config.intermediate_size
+    qkv = config.q_size + 2 * config.kv_size
+
+    def layer() -> Layer:
+        return Layer(
+            input_norm=draw.norm(hidden),
+            qkv_proj=draw.linear(hidden, qkv, biased=config.qkv_bias),
+            q_norm=None,
+            k_norm=None,
+            o_proj=draw.linear(config.q_size, hidden),
+            post_norm=draw.norm(hidden),
+            gate_up_proj=draw.linear(hidden, 2 * width, paired=True),
+            down_proj=draw.linear(width, hidden),
+        )
+
+    return Decoder(
+        config=config,
+        backend=backend,
+        embed_tokens=draw.floats(config.vocab_size, hidden),
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        norm=draw.norm(hidden),
+        lm_head=backend.head_linear(draw.floats(config.vocab_size, hidden) * hidden**-0.5),
+    )

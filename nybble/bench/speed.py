@@ -1,0 +1,214 @@
+"""The card's speed-and-memory table for this machine: prefill, decode, memory, beside the floor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nybble.cache.sizes import bytes_per_token
+from nybble.cache.store import PAGE_SIZE, KVStore
+from nybble.config import ModelConfig
+from nybble.engine.decode_graph import DecodeGraph
+from nybble.kernels.backend import Batch
+from nybble.model.decoder import Decoder, Step
+from nybble.model.rope import make_positions
+
+_CHUNK = 2048
+# A graph shares out its work by the longest context it may see: one a doubling keeps that close.
+_SHORTEST_BUCKET = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row to measure: `batch` sequences of `context` tokens each, then `new_tokens` more."""
+
+    context: int
+    batch: int = 1
+    kv: str = "float16"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured. Rates are tokens a second, all sequences together.
+
+    overall_rate: generated tokens over prefill and decode time, the card's "speed". bandwidth
+    (GB/s) counts weights and cached keys and values once a step; floor_rate is the decode rate
+    at which that would run at the read ceiling. peak_memory in GB.
+    """
+
+    context: int
+    batch: int
+    kv: str
+    first_token_seconds: float
+    prefill_rate: float
+    decode_rate: float
+    overall_rate: float
+    bandwidth: float
+    floor_rate: float
+    of_floor: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A table and what it was measured on; ceilings in bytes and operations a second."""
+
+    model: str
+    device: str
+    read_ceiling: float
+    matmul_ceiling: float
+    weight_bytes: float
+    new_tokens: int
+    rows: list[Row] = field(default_factory=list)
+
+
+def weight_bytes(config: ModelConfig) -> float:
+    """Bytes that a decoded token reads: 4- or 8-bit blocks with their scales, a 16-bit head."""
+    c = config
+    matrices = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size)
+    bits: float = 16
+    if c.quant is not None:
+        size = c.hidden_size if c.quant.group_size == -1 else c.quant.group_size
+        bits = c.quant.bits + 16 / size
+    return c.num_layers * matrices * bits / 8 + 2 * c.vocab_size * c.hidden_size
+
+
+def measure(decoder: Decoder, plan: Plan, new_tokens: int, ceiling: float) -> Row:
+    """Prefill random ids, decode greedily in CUDA graphs, one token back to the host a step."""
+    session = _Session(decoder, plan, new_tokens)
+    torch.cuda.reset_peak_memory_stats()
+    session.warm_up()
+    first = session.prefill()
+    seconds = session.decode(new_tokens - 1)
+    generated, steps = plan.batch * new_tokens, new_tokens - 1
+    per_token = bytes_per_token(decoder.config, plan.kv)
+    cached = plan.batch * per_token * (plan.context + new_tokens / 2)
+    step_bytes = weight_bytes(decoder.config) + cached
+    decode_rate = plan.batch * steps / seconds
+    floor_rate = plan.batch * ceiling / step_bytes
+    return Row(
+        context=plan.context,
+        batch=plan.batch,
+        kv=plan.kv,
+        first_token_seconds=first,
+        prefill_rate=plan.batch * plan.context / first,
+        decode_rate=decode_rate,
+        overall_rate=generated / (first + seconds),
+        bandwidth=step_bytes * steps / seconds / 1e9,
+        floor_rate=floor_rate,
+        of_floor=decode_rate / floor_rate,
+        peak_memory=torch.cuda.max_memory_allocated() / 1e9,
+    )
+
+
+class _Session:
+    """The sequences of one row: their pages, their prompt, and the graphs that decode them."""
+
+    def __init__(self, decoder: Decoder, plan: Plan, new_tokens: int) -> None:
+        self.decoder, self.plan = decoder, plan
+        self.device = decoder.embed_tokens.device
+        self.total = plan.context + new_tokens + 1
+        config = decoder.config
+        self.pages_each = -(-self.total // PAGE_SIZE)
+        # One page more: what is written while a graph is captured goes to page 0.
+        self.store = KVStore(config, plan.kv, 1 + plan.batch * self.pages_each, self.device)
+        self.pages = torch.arange(
+            1, 1 + plan.batch * self.pages_each, dtype=torch.int32, device=self.device
+        ).view(plan.batch, -1)
+        self.positions = make_positions(config, 1.0, self.total, self.device)
+        self.ids = torch.randint(
+            0, config.vocab_size, (plan.batch, plan.context), device=self.device
+        )
+        self.chosen = torch.zeros(plan.batch, dtype=torch.int64, device=self.device)
+        self._graphs: dict[int, DecodeGraph] = {}
+
+    def warm_up(self) -> None:
+        """Compile and load kernels, capture graphs: start-up costs, not those of a token."""
+        self._feed(0, 0, min(self.plan.context, _CHUNK))
+        for length in self._buckets():
+            self._graphs[length] = DecodeGraph(
+                self.decoder, self.store, self.positions, self.plan.batch, length
+            )
+        torch.cuda.synchronize()
+
+    def prefill(self) -> float:
+        """Seconds until every sequence has its first token."""
+        begin = time.perf_counter()
+        for sequence in range(self.plan.batch):
+            for start in range(0, self.plan.context, _CHUNK):
+                stop = min(start + _CHUNK, self.plan.context)
+                logits = self._feed(sequence, start, stop)
+            self.chosen[sequence] = logits[0].argmax()
+        self.chosen.tolist()
+        return time.perf_counter() - begin
+
+    def decode(self, steps: int) -> float:
+        """Seconds of `steps` tokens a sequence, each read by the host before the one after next."""
+        lengths = torch.full_like(self.pages[:, 0], self.plan.context)
+        ids, length, pending = self.chosen, self.plan.context, None
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        graph: DecodeGraph | None = None
+        for _ in range(steps):
+            bucket = self._bucket(length + 1)
+            if graph is not self._graphs[bucket]:
+                graph = self._graphs[bucket]
+                width = min(self.pages.shape[1], graph.pages.shape[1])
+                graph.load(ids, lengths, self.pages[:, :width])
+            graph.replay()
+            ids, lengths, length = graph.ids, graph.lengths, length + 1
+            token = ids.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            token[1].record()
+            if pending is not None:
+                pending[1].synchronize()
+            pending = token
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def _feed(self, sequence: int, start: int, stop: int) -> torch.Tensor:
+        position = torch.arange(start, stop, device=self.device)
+        pages = self.pages[sequence : sequence + 1]
+        slots = pages[0, position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        batch = Batch(
+            slots=slots.to(torch.int32),
+            pages=pages,
+            starts=torch.tensor([0, stop - start], dtype=torch.int32, device=self.device),
+            lengths=torch.tensor([stop], dtype=torch.int32, device=self.device),
+            max_query=stop - start,
+            max_length=stop,
+        )
+        step = Step(self.positions.slice(start, stop), batch, self.store.layers)
+        return self.decoder.forward(self.ids[sequence, start:stop], step)
+
+    def _bucket(self, length: int) -> int:
+        bucket = _SHORTEST_BUCKET
+        while bucket < length:
+            bucket *= 2
+        return bucket
+
+    def _buckets(self) -> Sequence[int]:
+        lengths = range(self.plan.context + 1, self.total)
+        return sorted({self._bucket(length) for length in (*lengths[::512], lengths[-1])})
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """Operations a second of an 8192-cube product in 16 bits."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.float16, device=device) for _ in range(2))
+    return 2 * 8192**3 / _fastest(lambda: a @ b)
+
+
+def _fastest(work: Callable[[], object], repeat: int = 10) -> float:
+    times = list(_times(work, repeat))
+    return sorted(times)[len(times) // 2]
+
+
+def _times(work: Callable[[], object], repeat: int) -> Iterator[float]:
+    for _ in range(repeat):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        yield time.perf_counter() - begin
