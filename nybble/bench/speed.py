@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from nybble.bench.shapes import random_decoder, shape
 from nybble.cache.sizes import bytes_per_token
 from nybble.cache.store import PAGE_SIZE, KVStore
 from nybble.config import ModelConfig
 from nybble.engine.decode_graph import DecodeGraph
+from nybble.errors import CapacityError, ConfigError
+from nybble.kernels import select_backend
 from nybble.kernels.backend import Batch
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import make_positions
@@ -19,6 +22,8 @@ from nybble.model.rope import make_positions
 _CHUNK = 2048
 # A graph shares out its work by the longest context it may see: one a doubling keeps that close.
 _SHORTEST_BUCKET = 1024
+# What prefill and the libraries need beside weights and cache.
+_WORKSPACE = 3 << 30
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Plan:
 
     context: int
     batch: int = 1
-    kv: str = "float16"
+    kv: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,58 @@ def measure(decoder: Decoder, plan: Plan, new_tokens: int, ceiling: float) -> Ro
         floor_rate=floor_rate,
         of_floor=decode_rate / floor_rate,
         peak_memory=torch.cuda.max_memory_allocated() / 1e9,
+    )
+
+
+def run(name: str, plans: Sequence[Plan], new_tokens: int, note: Callable[[str], None]) -> Run:
+    """Load random weights of the shape `name` on the GPU and measure every row.
+
+    A plan of kv "auto" takes the finest cache that fits. `note` is told what goes on.
+    Raises ConfigError without a GPU, CapacityError where a row does not fit.
+    """
+    config = shape(name)
+    if not torch.cuda.is_available():
+        raise ConfigError("nybble bench speed needs an NVIDIA GPU: run make bench-cpu for the CPU.")
+    from nybble.kernels.cuda.bench import read_ceiling
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    ceilings = read_ceiling(device), matmul_ceiling(device)
+    begin = time.perf_counter()
+    decoder = random_decoder(config, select_backend(device, dtype=torch.float16))
+    torch.cuda.synchronize()
+    note(f"{name}: made and packed in {time.perf_counter() - begin:.1f} s.")
+    result = Run(
+        model=name,
+        device=torch.cuda.get_device_name(device),
+        read_ceiling=ceilings[0],
+        matmul_ceiling=ceilings[1],
+        weight_bytes=weight_bytes(config),
+        new_tokens=new_tokens,
+    )
+    for plan in plans:
+        row = measure(decoder, _fitted(config, plan, new_tokens), new_tokens, ceilings[0])
+        result.rows.append(row)
+        note(
+            f"batch {row.batch}, context {row.context:,}, {row.kv}: prefill "
+            f"{row.prefill_rate:,.0f}, decode {row.decode_rate:,.1f} tokens/s, "
+            f"{row.of_floor:.0%} of the floor, {row.peak_memory:.2f} GB"
+        )
+    return result
+
+
+def _fitted(config: ModelConfig, plan: Plan, new_tokens: int) -> Plan:
+    """The plan with its cache kind settled; CapacityError says what is missing."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] - _WORKSPACE
+    tokens = plan.batch * (plan.context + new_tokens + PAGE_SIZE)
+    kinds = ("float16", "int8", "int4") if plan.kv == "auto" else (plan.kv,)
+    for kind in kinds:
+        if tokens * bytes_per_token(config, kind) <= free:
+            return replace(plan, kv=kind)
+    needed = tokens * bytes_per_token(config, kinds[-1])
+    raise CapacityError(
+        f"The {kinds[-1]} cache of {tokens:,} tokens needs {needed / 1e9:.1f} GB beside the "
+        f"weights, {free / 1e9:.1f} are free: use a smaller --kv-dtype, context or batch."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli import console
+from nybble.cli.bench import commands as bench
 from nybble.cli.errors import CommandGroup, report_bug
 from nybble.cli.evaluate import commands as evaluate
 from nybble.cli.options import SAMPLING_DEFAULTS, Measured, Model, Running, Sampling, expand_options
@@ -186,4 +187,5 @@ def compare(
     compare(base, quant, text, window, running, plot, as_json)
 
 
+app.add_typer(bench, name="bench", help="Measure how fast this machine is.")
 app.add_typer(evaluate, name="eval", help="Measure a model on the card's benchmarks.")
