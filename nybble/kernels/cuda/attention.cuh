@@ -51,12 +51,29 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 // ---- codes to halves -----------------------------------------------------------------------
 
-// 0x6400 | n is the half 1024 + n, so masks and one subtraction convert; all results are exact.
-__device__ __forceinline__ u32 low_nibbles(u32 word) {  // bits 0-3 and 16-19
-    return subtract_halves((word & 0x000f000fu) | 0x64006400u, 0x64006400u);
+// 0x6400 | n is the half 1024 + n: masks place codes, arithmetic takes the 1024 off; all exact.
+constexpr float kMagic = 1024.f;
+__device__ __forceinline__ u32 place(u32 word, u32 mask) {
+    u32 out;  // (word & mask) | magic in one instruction, which the compiler does not find
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(0x64006400u));
+    return out;
 }
-__device__ __forceinline__ u32 high_nibbles(u32 word) {  // bits 4-7 and 20-23: (1024 + 16 n) / 16
-    return fma_halves((word & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd400d400u);
+__device__ __forceinline__ u32 low_nibbles(u32 word) {  // 1024 + n of bits 0-3 and 16-19
+    return place(word, 0x000f000fu);
+}
+__device__ __forceinline__ u32 high_nibbles(u32 word) {  // 1024 + 16 n of bits 4-7 and 20-23
+    return place(word, 0x00f000f0u);
+}
+__device__ __forceinline__ u32 plain_low(u32 nibbles) {
+    return subtract_halves(nibbles, 0x64006400u);
+}
+__device__ __forceinline__ u32 plain_high(u32 nibbles) {
+    return fma_halves(nibbles, 0x2c002c00u, 0xd400d400u);  // / 16 - 64
+}
+// Both nibbles of one byte of a word, the lower one first.
+__device__ __forceinline__ u32 nibble_pair(u32 word, int byte) {
+    const u32 twice = __byte_perm(word, 0, 0x4040 + 0x101 * byte);
+    return fma_halves(place(twice, 0x00f0000fu), 0x2c003c00u, 0xd400e400u);
 }
 // Bytes are signed; with the top bit turned over they are n + 128.
 __device__ __forceinline__ u32 unsigned_bytes(u32 word) { return word ^ 0x80808080u; }

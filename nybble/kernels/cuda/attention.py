@@ -229,7 +229,9 @@ class PagedAttention:
         if layer.key_scales is None:
             shared_bytes = (_QUERIES + 4 * _KEYS) * stride
         else:
-            codes = 2 * _KEYS * row_bytes(layer.kind, head_dim)
+            codes = (
+                2 * _KEYS * (row_bytes(layer.kind, head_dim) + _scale_bytes(layer.kind, head_dim))
+            )
             shared_bytes = (_QUERIES + 2 * _KEYS) * stride + codes
         arguments = _PrefillArguments(
             _cache_of(layer, batch), *_pointers(q, out), heads, query_tiles, scale * _LOG2_E

@@ -61,7 +61,12 @@ struct Work {
 };
 
 // Queries as the B operand: of step s, lane (g, t) holds four dimensions of head g.
-struct Queries { u32 reg[kSteps][2]; };
+struct Queries {
+    u32 reg[kSteps][2];
+    // Of heads 2 t and 2 t + 1 and each group of dimensions: the sum, which the low ends of 4-bit
+    // keys are multiplied with, and what the product with 4-bit keys is too large by.
+    float sum[kGroups][2], excess[kGroups][2];
+};
 
 // The place in memory of the dimensions that lane t multiplies in a step, in pairs.
 __device__ __forceinline__ int dimension(int step, int t, int pair, int half) {
@@ -72,55 +77,75 @@ __device__ __forceinline__ int dimension(int step, int t, int pair, int half) {
     return 16 * step + 8 * pair + 2 * t + half;
 }
 
-// sums: of each group of dimensions, for heads 2 t and 2 t + 1; what the low ends of 4-bit keys
-// are multiplied with.
-__device__ __forceinline__ Queries load_queries(const Args& a, const Work& w, int lane,
-                                                float (&sums)[kGroups][2]) {
+__device__ __forceinline__ float sum_of_lanes(float value) {  // with the same g
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+__device__ __forceinline__ Queries load_queries(const Args& a, const Work& w, int lane) {
     const int g = lane / 4, t = lane % 4;
-    Queries queries;
+    Queries q;
     const size_t row = size_t(a.cache.starts[w.sequence]) * a.heads + w.head + min(g, w.heads - 1);
-    const u16* q = a.q + row * HEAD_DIM;
-    float sum[kGroups] = {};
+    const u16* from = a.q + row * HEAD_DIM;
+    float sum[kGroups] = {}, excess[kGroups] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-            const float x = activation(q[dimension(s, t, pair, 0)]);
-            const float y = activation(q[dimension(s, t, pair, 1)]);
-            queries.reg[s][pair] = g < w.heads ? operand_pair(x, y) : 0u;
-            sum[s * kGroups / kSteps] += from_half(u16(queries.reg[s][pair])) +
-                                         from_half(u16(queries.reg[s][pair] >> 16));
+            // The second pair of nibbles stays sixteen times as large.
+            const float factor = KV == 4 && pair == 1 ? 16.f : 1.f;
+            const float x = activation(from[dimension(s, t, pair, 0)]) / factor;
+            const float y = activation(from[dimension(s, t, pair, 1)]) / factor;
+            q.reg[s][pair] = g < w.heads ? operand_pair(x, y) : 0u;
+            const float both = from_half(u16(q.reg[s][pair])) + from_half(u16(q.reg[s][pair] >> 16));
+            sum[s * kGroups / kSteps] += factor * both;
+            excess[s * kGroups / kSteps] += kMagic * both;
         }
+    if constexpr (KV == 4) {
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-        sums[i][0] = __shfl_sync(~0u, sum[i], 8 * t);
-        sums[i][1] = __shfl_sync(~0u, sum[i], 8 * t + 4);
+        for (int i = 0; i < kGroups; ++i) {
+            sum[i] = sum_of_lanes(sum[i]), excess[i] = sum_of_lanes(excess[i]);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                q.sum[i][h] = __shfl_sync(~0u, sum[i], 8 * t + 4 * h);
+                q.excess[i][h] = __shfl_sync(~0u, excess[i], 8 * t + 4 * h);
+            }
+        }
     }
-    return queries;
+    return q;
 }
 
 __device__ __forceinline__ void load_tile(const Args& a, const Work& w, int tile, u32 stage,
                                           int lane) {
-    const int position = tile * TILE;
+    constexpr int kRows = kLanes / kChunks;  // that the lanes copy at a time, 512 bytes
+    const int position = tile * TILE, slot = lane / kChunks, left = w.length - position - slot;
     const long row = row_of(a.cache, w.sequence, w.kv_head, position);
-    const u8* keys = a.cache.keys + row * kRowBytes;
-    const u8* values = a.cache.values + row * kRowBytes;
+    const u8* keys = a.cache.keys + row * kRowBytes + lane * 16;
+    const u8* values = a.cache.values + row * kRowBytes + lane * 16;
+    const u32 key = stage + slot * kKeyStride + lane % kChunks * 16;
+    const u32 value = stage + TILE * kKeyStride + slot * kValueStride + lane % kChunks * 16;
 #pragma unroll
-    for (int i = lane; i < TILE * kChunks; i += kLanes) {
-        const int slot = i / kChunks, chunk = i % kChunks * 16;
-        const bool valid = position + slot < w.length;
-        copy_async(stage + slot * kKeyStride + chunk, keys + i * 16, valid);
-        copy_async(stage + TILE * kKeyStride + slot * kValueStride + chunk, values + i * 16, valid);
+    for (int i = 0; i < TILE / kRows; ++i) {
+        const bool valid = i * kRows < left;
+        copy_async(key + i * kRows * kKeyStride, keys + i * 512, valid);
+        copy_async(value + i * kRows * kValueStride, values + i * 512, valid);
     }
     constexpr int kCopies = TILE * kScaleBytes / 16;  // of key scales, and as many of value scales
 #pragma unroll
-    for (int i = lane; i < 2 * kCopies; i += kLanes) {
-        const u8* scales = i < kCopies ? a.cache.key_scales : a.cache.value_scales;
-        const int part = (i < kCopies ? i : i - kCopies) * 16;
-        copy_async(stage + kKeyScales + i * 16, scales + row * kScaleBytes + part, true);
+    for (int i = 0; i < kCopies; i += kLanes) {
+        const int at = (i + lane) * 16;
+        if (i + kLanes > kCopies && i + lane >= kCopies) continue;
+        const u32 to = stage + kKeyScales + at;
+        copy_async(to, a.cache.key_scales + row * kScaleBytes + at, true);
+        copy_async(to + TILE * kScaleBytes, a.cache.value_scales + row * kScaleBytes + at, true);
     }
+}
+
+// The last tile's scales beyond the sequence are whatever stood there, maybe NaN.
+__device__ __forceinline__ void clear_value_scales(u8* stage, int valid, int lane) {
+    for (int i = lane + valid * kScaleBytes; i < TILE * kScaleBytes; i += kLanes)
+        stage[kKeyScales + TILE * kScaleBytes + i] = 0;
+    __syncwarp();
 }
 
 // ---- scores: c[0 .. 1] of key g, c[2 .. 3] of key g + 8, for heads 2 t and 2 t + 1 --------------
@@ -136,8 +161,7 @@ __device__ __forceinline__ Fragment key_fragment(u32 a, u32 b) {  // KV == 4
     return {low_nibbles(a), low_nibbles(b), high_nibbles(a), high_nibbles(b)};
 }
 
-__device__ __forceinline__ void scores(float (&c)[4], const Queries& q,
-                                       const float (&sums)[kGroups][2], const u8* stage, int slot,
+__device__ __forceinline__ void scores(float (&c)[4], const Queries& q, const u8* stage, int slot,
                                        int lane, float scale) {
     const int g = lane / 4, t = lane % 4;
     const u8* low = stage + (slot + g) * kKeyStride;
@@ -181,10 +205,12 @@ __device__ __forceinline__ void scores(float (&c)[4], const Queries& q,
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const u32 affine = e < 2 ? first : second;
-                c[e] += scale * (from_half(u16(affine)) * part[e] +
-                                 from_half(u16(affine >> 16)) * sums[i][e % 2]);
+                c[e] += from_half(u16(affine)) * (part[e] - q.excess[i][e % 2]) +
+                        from_half(u16(affine >> 16)) * q.sum[i][e % 2];
             }
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[e] *= scale;
     }
 }
 
@@ -198,13 +224,10 @@ __device__ __forceinline__ int output_dimension(int tile, int r) {
 // Of two neighbouring keys: a code's step and low end (at 8 bits its scale), as pairs of halves.
 struct Affine { u32 step, low; };
 
-__device__ __forceinline__ Affine affine_of(const u8* scales, bool first_valid, bool second_valid) {
-    if (KV == 8) {
-        const u32 pair = *reinterpret_cast<const u32*>(scales);
-        return {(first_valid ? pair & 0xffffu : 0u) | (second_valid ? pair & 0xffff0000u : 0u), 0u};
-    }
-    const u32 a = first_valid ? *reinterpret_cast<const u32*>(scales) : 0u;
-    const u32 b = second_valid ? *reinterpret_cast<const u32*>(scales + kScaleBytes) : 0u;
+__device__ __forceinline__ Affine affine_of(const u8* scales) {
+    const u32 a = *reinterpret_cast<const u32*>(scales);
+    if (KV == 8) return {a, 0u};
+    const u32 b = *reinterpret_cast<const u32*>(scales + kScaleBytes);
     return {__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632)};
 }
 
@@ -218,8 +241,8 @@ __device__ __forceinline__ void value_pair(u32& even, u32& odd, uint2 a, uint2 b
     } else {
         const u32 selector[4] = {0x0400, 0x0501, 0x0602, 0x0703};
         const u32 bytes = __byte_perm(a.x, b.x, selector[i]);  // bits 8-15 are masked out
-        even = fma_halves(low_nibbles(bytes), f.step, f.low);
-        odd = fma_halves(high_nibbles(bytes), f.step, f.low);
+        even = fma_halves(plain_low(low_nibbles(bytes)), f.step, f.low);
+        odd = fma_halves(plain_high(high_nibbles(bytes)), f.step, f.low);
     }
 }
 
@@ -230,7 +253,7 @@ __device__ __forceinline__ uint2 value_codes(const u8* row, int g, int group) {
 
 // o += V^T P^T for 16 keys; p as the B operand.
 __device__ __forceinline__ void add_values(float (&o)[kRowTiles][4], u32 p0, u32 p1,
-                                           const u8* stage, int slot, int lane, int valid) {
+                                           const u8* stage, int slot, int lane) {
     const u8* values = stage + TILE * kKeyStride;
     if constexpr (!kCodes) {
         const int key = slot + lane % 8 + lane / 16 * 8;
@@ -244,9 +267,8 @@ __device__ __forceinline__ void add_values(float (&o)[kRowTiles][4], u32 p0, u32
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             const int at = KV == 4 ? 4 * group : 0;
-            const Affine near = affine_of(scales + at, key < valid, key + 1 < valid);
-            const Affine far =
-                affine_of(scales + 8 * kScaleBytes + at, key + 8 < valid, key + 9 < valid);
+            const Affine near = affine_of(scales + at);
+            const Affine far = affine_of(scales + 8 * kScaleBytes + at);
             const uint2 codes[4] = {
                 value_codes(row, g, group), value_codes(row + kValueStride, g, group),
                 value_codes(row + 8 * kValueStride, g, group),
@@ -290,19 +312,21 @@ __device__ __forceinline__ void raise_maximum(Sums& sums, float (&high)[2]) {
     }
 }
 
-__device__ __forceinline__ void add_tile(Sums& sums, const Queries& q,
-                                         const float (&q_sums)[kGroups][2], const u8* stage,
-                                         int valid, int lane, float scale) {
+__device__ __forceinline__ void add_tile(Sums& sums, const Queries& q, u8* stage, int valid, int lane,
+                                         float scale) {
     float c[TILE / 16][4];
-    float high[2] = {-kInfinity, -kInfinity};
+    float high[2] = {-infinity(), -infinity()};
+    if (kCodes && valid < TILE) clear_value_scales(stage, valid, lane);
 #pragma unroll
     for (int k = 0; k < TILE / 16; ++k) {
-        scores(c[k], q, q_sums, stage, 16 * k, lane, scale);
+        scores(c[k], q, stage, 16 * k, lane, scale);
+        if (valid < TILE) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            if (16 * k + lane / 4 + e / 2 * 8 >= valid) c[k][e] = -kInfinity;
-            high[e % 2] = fmaxf(high[e % 2], c[k][e]);
+            for (int e = 0; e < 4; ++e)
+                if (16 * k + lane / 4 + e / 2 * 8 >= valid) c[k][e] = -infinity();
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) high[e % 2] = fmaxf(high[e % 2], c[k][e]);
     }
     raise_maximum(sums, high);
 #pragma unroll
@@ -314,7 +338,7 @@ __device__ __forceinline__ void add_tile(Sums& sums, const Queries& q,
         }
         const u32 p0 = transpose(operand_pair(c[k][0], c[k][1]));
         const u32 p1 = transpose(operand_pair(c[k][2], c[k][3]));
-        add_values(sums.o, p0, p1, stage, 16 * k, lane, valid);
+        add_values(sums.o, p0, p1, stage, 16 * k, lane);
     }
 }
 
@@ -343,16 +367,28 @@ __device__ __forceinline__ void leave_sums(Sums& sums, float* part, int lane) {
 
 struct Total { float sum, most, weight; };
 
-// One dimension of `count` parts that lie `stride` floats apart.
+// One dimension of `count` parts that lie `stride` floats apart, four at a time on their way.
 __device__ __forceinline__ Total add_up(const float* parts, int count, int stride, int dim) {
-    Total total = {0.f, -kInfinity, 0.f};
-    for (int i = 0; i < count; ++i) total.most = fmaxf(total.most, parts[i * stride + HEAD_DIM]);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-        const float* part = parts + i * stride;
-        const float factor = power_of_two(part[HEAD_DIM] - total.most);
-        total.sum += factor * part[dim];
-        total.weight += factor * part[HEAD_DIM + 1];
+    Total total = {0.f, -infinity(), 0.f};
+    for (int i = 0; i < count; i += 4) {
+        Total next[4];
+        float most = total.most;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float* part = parts + (i + j) * stride;
+            if (i + j < count) next[j] = {part[dim], part[HEAD_DIM], part[HEAD_DIM + 1]};
+            else next[j] = {0.f, -infinity(), 0.f};
+            most = fmaxf(most, next[j].most);
+        }
+        const float factor = i ? power_of_two(total.most - most) : 0.f;
+        total = {total.sum * factor, most, total.weight * factor};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (i + j >= count) break;
+            const float share = power_of_two(next[j].most - most);
+            total.sum += share * next[j].sum;
+            total.weight += share * next[j].weight;
+        }
     }
     return total;
 }
@@ -365,9 +401,9 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, int head
 // True in the block whose part was the last one to be written.
 __device__ __forceinline__ bool finishes(const Args& a, const Work& w) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();  // after the barrier, for the writes of the whole block
         is_last = atomicAdd(a.finished + w.unit, 1u) == u32(w.splits - 1);
         if (is_last) a.finished[w.unit] = 0;
     }
@@ -404,9 +440,8 @@ attention_decode(const __grid_constant__ Args a) {
     if (!waited) wait_for_previous_kernel();
 
     Sums sums = {};
-    sums.most[0] = sums.most[1] = -kInfinity;
-    float q_sums[kGroups][2];
-    const Queries q = load_queries(a, w, lane, q_sums);
+    sums.most[0] = sums.most[1] = -infinity();
+    const Queries q = load_queries(a, w, lane);
     int stage = 0;
     for (int tile = w.first + warp; tile < w.last; tile += WARPS) {
         wait_for_copies<STAGES - 2>();
@@ -414,7 +449,7 @@ attention_decode(const __grid_constant__ Args a) {
         const int next = tile + (STAGES - 1) * WARPS, free = stage ? stage - 1 : STAGES - 1;
         if (next < w.last) load_tile(a, w, next, shared_address(stages + free * kStageBytes), lane);
         commit_copies();
-        add_tile(sums, q, q_sums, stages + stage * kStageBytes, w.length - tile * TILE, lane, a.scale);
+        add_tile(sums, q, stages + stage * kStageBytes, w.length - tile * TILE, lane, a.scale);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     wait_for_copies<0>();

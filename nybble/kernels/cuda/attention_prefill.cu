@@ -22,6 +22,8 @@ constexpr int kQueryBytes = kQueries * kStride;
 constexpr int kTileBytes = kKeys * kStride;      // of keys, and of values
 constexpr int kBuffers = kCodes ? 1 : 2;
 constexpr int kCodesAt = kQueryBytes + kBuffers * 2 * kTileBytes;
+constexpr int kScalesAt = 2 * kKeys * kRowBytes;  // behind the codes: of keys, then of values
+constexpr int kScaleCopies = kCodes ? kKeys * kScaleBytes / 16 : 1;  // of 16 bytes, of either
 
 struct Args {
     Cache cache;
@@ -82,48 +84,53 @@ __device__ __forceinline__ void load_tile(const Args& a, const Work& w, int tile
         copy_async(at, a.cache.keys + row * kRowBytes + chunk, valid);
         copy_async(at + kKeys * kSpread, a.cache.values + row * kRowBytes + chunk, valid);
     }
+    if constexpr (kCodes) {
+        for (int i = threadIdx.x; i < 2 * kScaleCopies; i += kThreads) {
+            const int position = tile * kKeys + i % kScaleCopies * (kKeys / kScaleCopies);
+            const bool valid = position < w.length;
+            const long row = row_of(a.cache, w.sequence, w.kv_head, valid ? position : 0);
+            const u8* scales = i < kScaleCopies ? a.cache.key_scales : a.cache.value_scales;
+            copy_async(to + kScalesAt + i * 16, scales + row * kScaleBytes, valid);
+        }
+    }
 }
 
 // ---- codes: eight in a row to eight halves -------------------------------------------------------
 
-__device__ __forceinline__ uint4 widen(const u8* codes, const u8* scale) {  // KV == 8
-    const u32 step = *reinterpret_cast<const u16*>(scale) * 0x10001u;
-    const uint2 v = *reinterpret_cast<const uint2*>(codes);
-    const u32 x = unsigned_bytes(v.x), y = unsigned_bytes(v.y);
-    return {multiply_halves(low_bytes(x), step), multiply_halves(high_bytes(x), step),
-            multiply_halves(low_bytes(y), step), multiply_halves(high_bytes(y), step)};
+__device__ __forceinline__ uint4 widen(const u8* codes, const u8* scale) {
+    if constexpr (KV == 8) {
+        const u32 step = *reinterpret_cast<const u16*>(scale) * 0x10001u;
+        const uint2 v = *reinterpret_cast<const uint2*>(codes);
+        const u32 x = unsigned_bytes(v.x), y = unsigned_bytes(v.y);
+        return {multiply_halves(low_bytes(x), step), multiply_halves(high_bytes(x), step),
+                multiply_halves(low_bytes(y), step), multiply_halves(high_bytes(y), step)};
+    } else {
+        const u32 affine = *reinterpret_cast<const u32*>(scale);
+        const u32 step = __byte_perm(affine, 0, 0x1010), low = __byte_perm(affine, 0, 0x3232);
+        const u32 word = *reinterpret_cast<const u32*>(codes);
+        return {fma_halves(nibble_pair(word, 0), step, low),
+                fma_halves(nibble_pair(word, 1), step, low),
+                fma_halves(nibble_pair(word, 2), step, low),
+                fma_halves(nibble_pair(word, 3), step, low)};
+    }
 }
 
-__device__ __forceinline__ uint4 widen_nibbles(const u8* codes, const u8* scale) {  // KV == 4
-    const u32 affine = *reinterpret_cast<const u32*>(scale);
-    const u32 step = __byte_perm(affine, 0, 0x1010), low = __byte_perm(affine, 0, 0x3232);
-    const u32 word = *reinterpret_cast<const u32*>(codes);
-    u32 out[4];
+// valid: keys of the tile that belong to the sequence; the others' scales may be NaN.
+__device__ __forceinline__ void widen_tile(const u8* codes, u8* to, int valid) {
+    constexpr int kPieces = HEAD_DIM / 8, kRows = kThreads / kPieces;  // kRows at a time
+    const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+    const u8* from = codes + threadIdx.x * KV;
+    const u8* scales = codes + kScalesAt + first * kScaleBytes + (KV == 4 ? piece / 8 * 4 : 0);
+    to += first * kStride + piece * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const u32 byte = word >> 8 * i;
-        out[i] = fma_halves(low_nibbles(byte & 0xfu | byte << 12 & 0xf0000u), step, low);
-    }
-    return {out[0], out[1], out[2], out[3]};
-}
-
-__device__ __forceinline__ void widen_tile(const Args& a, const Work& w, int tile, const u8* codes,
-                                           u8* to) {
-    constexpr int kPieces = HEAD_DIM / 8;
+    for (int is_value = 0; is_value < 2; ++is_value)
 #pragma unroll 4
-    for (int i = threadIdx.x; i < 2 * kKeys * kPieces; i += kThreads) {
-        const int slot = i / kPieces % kKeys, piece = i % kPieces, is_value = i / kPieces / kKeys;
-        const int position = tile * kKeys + slot;
-        uint4 halves = {};
-        if (position < w.length) {
-            const long row = row_of(a.cache, w.sequence, w.kv_head, position);
-            const u8* scales = is_value ? a.cache.value_scales : a.cache.key_scales;
-            const u8* scale = scales + row * kScaleBytes + (KV == 4 ? piece / 8 * 4 : 0);
-            const u8* from = codes + i * KV;
-            halves = KV == 8 ? widen(from, scale) : widen_nibbles(from, scale);
+        for (int row = 0; row < kKeys; row += kRows) {
+            const int at = is_value * kKeys + row;
+            const uint4 halves = widen(from + at * kRowBytes, scales + at * kScaleBytes);
+            *reinterpret_cast<uint4*>(to + is_value * kTileBytes + row * kStride) =
+                first + row < valid ? halves : uint4{0u, 0u, 0u, 0u};
         }
-        *reinterpret_cast<uint4*>(to + is_value * kTileBytes + slot * kStride + piece * 16) = halves;
-    }
 }
 
 // ---- a warp's 32 queries -------------------------------------------------------------------------
@@ -191,7 +198,7 @@ __device__ __forceinline__ void mask(Scores& c, int first_key, int last, int lan
             for (int e = 0; e < 4; ++e) {
                 const int row = 16 * r + lane / 4 + e / 2 * 8;
                 const int key = first_key + 8 * j + lane % 4 * 2 + e % 2;
-                if (key > last + row) c[r][j][e] = -kInfinity;
+                if (key > last + row) c[r][j][e] = -infinity();
             }
 }
 
@@ -206,7 +213,7 @@ __device__ __forceinline__ void raise_maximum(Sums& sums, const Scores& c, float
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            high[r][h] = -kInfinity;
+            high[r][h] = -infinity();
 #pragma unroll
             for (int j = 0; j < kKeyTiles; ++j)
                 high[r][h] = fmaxf(high[r][h], fmaxf(c[r][j][2 * h], c[r][j][2 * h + 1]));
@@ -283,7 +290,7 @@ attention_prefill(const __grid_constant__ Args a) {
 
     Sums sums = {};
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) sums.most[r][0] = sums.most[r][1] = -kInfinity;
+    for (int r = 0; r < kRowTiles; ++r) sums.most[r][0] = sums.most[r][1] = -infinity();
     const int last = w.length - w.rows + w.first_row + warp * (kRowTiles * 16);
     const int tiles = (w.visible + kKeys - 1) / kKeys;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -291,7 +298,7 @@ attention_prefill(const __grid_constant__ Args a) {
         wait_for_copies<0>();
         __syncthreads();
         if constexpr (kCodes) {
-            widen_tile(a, w, tile, memory + kCodesAt, memory + kQueryBytes);
+            widen_tile(memory + kCodesAt, memory + kQueryBytes, w.length - tile * kKeys);
             __syncthreads();
         }
         const u32 next = kCodes ? kCodesAt : kQueryBytes + (1 - buffer) * 2 * kTileBytes;

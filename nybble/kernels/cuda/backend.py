@@ -43,12 +43,6 @@ class CudaBackend:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rows.rms_norm(x, weight, eps)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, rms_norm(x + delta)) in one pass; x and delta (tokens, dim)."""
-        return self._rows.add_rms_norm(x, delta, weight, eps)
-
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._rows.silu_mul(gate_up)
 

@@ -8,7 +8,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 
 constexpr int kLanes = 32;
-constexpr float kInfinity = __builtin_huge_valf();
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 __device__ __forceinline__ float from_half(u16 bits) {
     float f;

@@ -6,11 +6,9 @@
 static_assert(THREADS <= kLanes || ROWS == 1, "rows of several warps have a block of their own");
 
 struct NormArgs {
-    const u16* x;      // row r at (r / heads) * token_stride + (r % heads) * head_stride
-    const u16* delta;  // (rows, dim) added to x first, or null
-    const u16* weight; // (dim,)
-    u16* sum;          // (rows, dim): x + delta, written where delta is given
-    u16* y;            // (rows, dim)
+    const u16* x;       // row r at (r / heads) * token_stride + (r % heads) * head_stride
+    const u16* weight;  // (dim,)
+    u16* y;             // (rows, dim)
     long token_stride, head_stride;
     int rows, heads, dim;
     float eps;
@@ -30,16 +28,6 @@ __device__ __forceinline__ float row_sum(float value) {
     return value;
 }
 
-// What is normalised of 8 elements: x, or x + delta rounded as the sum that is passed on.
-__device__ __forceinline__ Eight summand(const NormArgs& a, const u16* x, long row, int at) {
-    Eight e = load_eight(x + at);
-    if (!a.delta) return e;
-    const Eight d = load_eight(a.delta + row * a.dim + at);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) e.x[i] = activation(u16(activation_pair(e.x[i] + d.x[i], 0.f)));
-    return e;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS* ROWS) rms_norm(const __grid_constant__ NormArgs a) {
     let_next_kernel_start();
     const int thread = threadIdx.x % THREADS;
@@ -50,15 +38,14 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) rms_norm(const __gri
     Eight first = {};  // kept: a row is rarely longer than one round of the block
     float square = 0.f;
     for (int at = 8 * thread; at < a.dim; at += 8 * THREADS) {
-        const Eight e = summand(a, x, row, at);
+        const Eight e = load_eight(x + at);
         if (at < 8 * THREADS) first = e;
-        if (a.delta) store_eight(a.sum + row * a.dim + at, e);
 #pragma unroll
         for (int i = 0; i < 8; ++i) square += e.x[i] * e.x[i];
     }
     const float scale = rsqrtf(row_sum(square) / float(a.dim) + a.eps);
     for (int at = 8 * thread; at < a.dim; at += 8 * THREADS) {
-        Eight e = at < 8 * THREADS ? first : summand(a, x, row, at);
+        Eight e = at < 8 * THREADS ? first : load_eight(x + at);
         const Eight weight = load_eight(a.weight + at);
 #pragma unroll
         for (int i = 0; i < 8; ++i) e.x[i] = e.x[i] * scale * weight.x[i];

@@ -18,7 +18,7 @@ _SILU_THREADS = 256
 
 class _NormArguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "delta", "weight", "sum", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
         *((name, ctypes.c_long) for name in ("token_stride", "head_stride")),
         *((name, ctypes.c_int) for name in ("rows", "heads", "dim")),
         ("eps", ctypes.c_float),
@@ -45,19 +45,27 @@ class RowKernels:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See Backend.rms_norm; x (tokens, heads, dim) may be a view with strides."""
-        x = _vectors(x) if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1]).contiguous()
+        dim = x.shape[-1]
+        self._check(x, dim)
+        self._check(weight, dim)
+        x = _vectors(x) if x.dim() in (2, 3) else x.reshape(-1, dim).contiguous()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._norm(x, None, weight, None, y, eps)
+        if x.numel() == 0:
+            return y
+        rows = x.numel() // dim
+        heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+        arguments = _NormArguments(
+            *(x.data_ptr(), weight.data_ptr(), y.data_ptr()),
+            *(x.stride(0), head_stride, rows, heads, dim, eps),
+        )
+        if dim <= _SHORT:
+            threads, per_block = 32, _SHORT_ROWS
+        else:
+            threads, per_block = min(_MOST_THREADS, -(-dim // (32 * _VECTOR)) * 32), 1
+        run = self._kernel("rms_norm", threads, per_block)
+        blocks = -(-rows // per_block)
+        run.launch((blocks, 1), threads * per_block, arguments, dependent=self._dependent)
         return y
-
-    def add_rms_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + delta, rounded to dtype, and its RMSNorm, in one pass. x and delta (tokens, dim)."""
-        x = _vectors(x)
-        y, total = torch.empty_like(delta), torch.empty_like(delta)
-        self._norm(x, delta.contiguous(), weight, total, y, eps)
-        return total, y
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See Backend.silu_mul."""
@@ -74,34 +82,6 @@ class RowKernels:
             blocks = -(-count // _SILU_THREADS)
             run.launch((blocks, 1), _SILU_THREADS, arguments, dependent=self._dependent)
         return y
-
-    def _norm(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor | None,
-        weight: torch.Tensor,
-        total: torch.Tensor | None,
-        y: torch.Tensor,
-        eps: float,
-    ) -> None:
-        dim = x.shape[-1]
-        self._check(x, dim)
-        self._check(weight, dim)
-        rows = x.numel() // dim
-        if rows == 0:
-            return
-        heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
-        arguments = _NormArguments(
-            *(None if t is None else t.data_ptr() for t in (x, delta, weight, total, y)),
-            *(x.stride(0), head_stride, rows, heads, dim, eps),
-        )
-        if dim <= _SHORT:
-            threads, per_block = 32, _SHORT_ROWS
-        else:
-            threads, per_block = min(_MOST_THREADS, -(-dim // (32 * _VECTOR)) * 32), 1
-        run = self._kernel("rms_norm", threads, per_block)
-        blocks = -(-rows // per_block)
-        run.launch((blocks, 1), threads * per_block, arguments, dependent=self._dependent)
 
     def _check(self, x: torch.Tensor, dim: int) -> None:
         if x.dtype != self.dtype or x.device != self.device:

@@ -1,0 +1,169 @@
+"""The CUDA backend as a whole: products, the self-test, a whole decoder, on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from paged_samples import empty_layer, make_batch, pages_of, relative_error
+from toy import write_llama
+
+from nybble import LLM, SamplingParams
+from nybble.errors import ConfigError
+from nybble.kernels import choose_backend, ref
+from nybble.kernels.cuda.samples import random_matrix
+from nybble.kernels.ref import RefBackend
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from nybble.kernels.cuda import selftest
+from nybble.kernels.cuda.backend import CudaBackend
+
+KINDS = ["float16", "bfloat16", "int8", "int4"]
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
+
+
+def test_is_chosen_on_a_gpu():
+    backend, choice = choose_backend("cuda")
+    assert backend.name == choice.kernel == "cuda"
+    assert choose_backend("cuda", "ref")[0].name == "ref"
+
+
+def test_products(random):
+    fast, slow = CudaBackend("cuda"), RefBackend("cuda", torch.float16)
+    weight = torch.randn(100, 64, device="cuda").half()
+    bias = torch.randn(100, device="cuda").half()
+    x = torch.randn(9, 64, device="cuda").half()
+    for b in (None, bias):
+        want = slow.dense_linear(weight, b)(x)
+        assert relative_error(fast.dense_linear(weight, b)(x), want) < 1e-3
+    assert relative_error(fast.head_linear(weight)(x), slow.head_linear(weight)(x)) < 1e-3
+    # The last one is a group size that the packed kernels do not take.
+    for group_size in (32, 64, 96):
+        matrix = random_matrix(192, 72, group_size=group_size, random=random)
+        x = torch.randn(5, 192, device="cuda").half()
+        want = slow.quant_linear(matrix, None)(x)
+        assert relative_error(fast.quant_linear(matrix, None)(x), want) < 2e-3
+        assert bool(fast.choose(matrix).refused) == (group_size == 96)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_self_test_passes(head_dim, kind):
+    for dtype in (torch.float16, torch.bfloat16):
+        backend = CudaBackend("cuda", dtype)
+        selftest.check(backend, selftest.Shape(14, 2, head_dim, 896, kind))
+
+
+class Broken(CudaBackend):
+    """Kernels that are wrong in one place."""
+
+    fault = ""
+
+    def silu_mul(self, gate_up):
+        out = super().silu_mul(gate_up)
+        if self.fault == "silu_mul":
+            out[0, -1] += 40
+        return out
+
+    def attention(self, q, layer, batch, scale):
+        out = super().attention(q, layer, batch, scale)
+        if self.fault == "attention":
+            out[-1] = out[0]
+        return out
+
+    def rope_store(self, q, k, v, cos, sin, layer, batch):
+        if self.fault == "rope_store":
+            v = v.roll(1, 0)
+        return super().rope_store(q, k, v, cos, sin, layer, batch)
+
+
+@pytest.mark.parametrize("kind", ["float16", "int4"])
+@pytest.mark.parametrize("fault", ["silu_mul", "attention", "rope_store"])
+def test_self_test_finds_faults(fault, kind):
+    backend = Broken("cuda")
+    backend.fault = fault
+    with pytest.raises(ConfigError, match=fault):
+        selftest.check(backend, selftest.Shape(4, 4, 128, 512, kind))
+
+
+def test_self_test_of_matrices(random, monkeypatch):
+    backend = CudaBackend("cuda")
+    matrix = random_matrix(512, 256, random=random)
+    selftest.check_linear(backend, matrix)
+    wrong = ref.dequantize(dataclasses.replace(matrix, scales=matrix.scales * 1.02))
+    monkeypatch.setattr(ref, "dequantize", lambda _: wrong)
+    with pytest.raises(ConfigError, match="matrix"):
+        selftest.check_linear(backend, matrix)
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="float32"):
+        CudaBackend("cuda", torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_in_a_graph(kind, random):
+    """All operations of a block, one after the other, captured and replayed at new positions."""
+    backend, reference = CudaBackend("cuda"), RefBackend("cuda")
+    heads, dim = 4, 64
+    hidden = heads * dim
+    weight = torch.rand(hidden, device="cuda").half()
+    qkv_matrix = random_matrix(hidden, 3 * hidden, scale=0.02, random=random)
+    down_matrix = random_matrix(hidden, hidden, scale=0.02, random=random)
+    batch = make_batch([1, 1], [900, 900])
+    layers = [empty_layer(kind, pages_of([900, 900]), heads, dim) for _ in range(2)]
+    cos, sin = torch.rand(2, 2, dim // 2, device="cuda")
+
+    def block(ops, layer, x, qkv_proj, down):
+        h = ops.rms_norm(x, weight.to(x.dtype), 1e-6)
+        qkv = qkv_proj(h).view(len(x), -1, dim)
+        q, k, v = qkv.split(heads, dim=1)
+        q = ops.rope_store(q, k, v, cos, sin, layer, batch)
+        out = down(ops.attention(q, layer, batch, 0.125))
+        return x + ops.silu_mul(torch.cat((out, x), 1))
+
+    fast = [backend.quant_linear(m, None) for m in (qkv_matrix, down_matrix)]
+    slow = [reference.quant_linear(m, None) for m in (qkv_matrix, down_matrix)]
+    x = torch.randn(2, hidden, device="cuda").half()
+    set_position(batch, 0)
+    block(backend, layers[0], x, *fast)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = block(backend, layers[0], x, *fast)
+    for position in range(100):
+        set_position(batch, position)
+        x.normal_()
+        graph.replay()
+        want = block(reference, layers[1], x.float(), *slow)
+        assert relative_error(got, want) < (2e-2 if kind == "int4" else 5e-3)
+
+
+def set_position(batch, position):
+    page_size = 64
+    batch.lengths.fill_(position + 1)
+    batch.slots.copy_(batch.pages[:, position // page_size] * page_size + position % page_size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_gives_what_the_cpu_gives(kind, tmp_path):
+    """The toy model of the CPU tests, in sizes that the GPU takes; fp32 on the CPU is the truth."""
+    write_llama(tmp_path, hidden_size=256, head_dim=64)
+    exact = LLM(tmp_path, device="cpu", dtype="float32")
+    fast = LLM(tmp_path, device="cuda", dtype="float16", kv_dtype=kind)
+    ids = torch.randint(0, 300, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    want, got = exact.logits(ids), fast.logits(ids).cpu()
+    limit = {"int4": 0.15, "int8": 0.02, "bfloat16": 0.01}.get(kind, 4e-3)
+    assert relative_error(got, want) < limit
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    answers = [list(llm.generate(ids[:30], params).token_ids) for llm in (exact, fast)]
+    agreed = next((i for i, (a, b) in enumerate(zip(*answers, strict=True)) if a != b), 40)
+    if agreed < 40:  # only where two logits nearly tie
+        top = exact.logits([*ids[:30], *answers[0][:agreed]])[-1].topk(2).values
+        assert (top[0] - top[1]) / want.std() < 10 * limit
