@@ -34,7 +34,7 @@ def _png(figure: Figure) -> bytes:
 def radar(axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> bytes:
     """PNG. One spoke for each benchmark, 0 to 100; one closed line for each model.
 
-    A model without a figure for every spoke is drawn with a gap there.
+    A model without a figure for every spoke is drawn with a gap there; the first one is filled.
     """
     figure = _figure(7.5, 6)
     plot: PolarAxes = figure.add_subplot(projection="polar")  # type: ignore[assignment]
@@ -50,9 +50,9 @@ def radar(axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> b
         colour = _COLOURS[index % len(_COLOURS)]
         closed = [math.nan if value is None else value for value in (*values, values[0])]
         plot.plot([*angles, angles[0]], closed, "o-", color=colour, label=name, markersize=4)
-        if None not in values:
-            plot.fill([*angles, angles[0]], closed, color=colour, alpha=0.07)
-    figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+        if index == 0 and None not in values:
+            plot.fill(angles, values, color=colour, alpha=0.12)
+    figure.legend(loc="outside lower center", ncols=min(2, len(lines)), frameon=False)
     return _png(figure)
 
 
@@ -75,7 +75,7 @@ def needle_map(title: str, cells: Mapping[tuple[int, int], float]) -> bytes:
     plot.grid(which="minor", color="white", linewidth=1.5)
     plot.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=plot, ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_label("share of the needle's words in the answer")
+    bar.set_label("facts found")
     return _png(figure)
 
 

@@ -253,11 +253,11 @@ def verdict(output: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if equal; 0.25 for a subset of a reference of letters; text may contain its reference."""
+    """1 if equal; 0.25 for some of a reference's letters; text may contain its reference."""
     if set(reference) <= set(choice.LETTERS):
         if answer == reference:
             return 1.0
-        return 0.25 if set(answer) <= set(reference) else 0.0
+        return 0.25 if answer and set(answer) <= set(reference) else 0.0
     try:
         return float(float(answer) == float(reference))
     except ValueError:

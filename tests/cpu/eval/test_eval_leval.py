@@ -14,8 +14,9 @@ from nybble.eval.runner import score_rows
 from nybble.eval.task import Settings
 from nybble.eval.tasks.leval import LEval, free_letters, letter_set, math_answer
 
-# (reference, prediction, score): a few of the published rows, long ones cut to their end. Over all
-# rows the same code gives the published 63.51 (172 rows), 84.00 (100) and 12.22 (90).
+# (reference, prediction, score): a few of the published rows (but the empty one), long ones cut to
+# their end. Over all rows the same code gives the published 63.51 (172 rows), 84.00 (100) and
+# 12.22 (90).
 COURSERA = [
     ("C", "C", 1),
     ("BD", "B", 0.25),
@@ -25,6 +26,7 @@ COURSERA = [
     ("AC", "A. Encourage change\nC. Help solve problems", 1),
     ("ACD", "A and C", 0.25),
     ("ABC", "ABCD", 0),
+    ("ABC", "", 0),
     ("ABD", "A, B, D", 0.25),
 ]
 GSM = [
