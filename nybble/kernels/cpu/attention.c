@@ -11,6 +11,8 @@
 
 #include "cache.h"
 
+/* The loops inside keep their registers only in functions of their own (GCC 12). */
+#define NOINLINE __attribute__((noinline))
 #define KEYS 32
 #define SEGMENT 128
 #define ROWS 4       /* rows per register block */
@@ -88,9 +90,10 @@ INLINE void transpose16(f32x16 *r) {
 
 /* Step and low of sixteen slots, `per` numbers apart. */
 INLINE void gather_scales(const float *scales, long per, int kind, f32x16 *step, f32x16 *low) {
-    for (int i = 0; i < LANES && is_quantized(kind); i++) {
+    if (kind == KIND_I8) *step = load_f32(scales);
+    for (int i = 0; i < LANES && kind == KIND_I4; i++) {
         (*step)[i] = scales[i * per];
-        (*low)[i] = kind == KIND_I4 ? scales[i * per + 1] : 0.0f;
+        (*low)[i] = scales[i * per + 1];
     }
 }
 
@@ -164,7 +167,7 @@ INLINE long block_row(const Attention *a, long seq, long head, long start) {
 }
 
 /* Keys [start, start + count) of a head into fp32; the kind is a constant in each branch. */
-static void load_block(const Attention *a, long seq, long head, long start, long count,
+NOINLINE static void load_block(const Attention *a, long seq, long head, long start, long count,
                        Scratch *s) {
     const Cache *c = &a->cache;
     const long row = block_row(a, seq, head, start), left = a->lengths[seq] - start - KEYS;
@@ -245,8 +248,8 @@ INLINE void attend_rows(Scratch *s, long row, const long *seen, long count, long
 }
 
 /* A work item: rows of one K/V head for new tokens [first, last) of a sequence, over its keys
- * [start, end). Without `states` it sees all keys and stores its rows; with them it is one
- * segment, whose state goes to the piece of its number. */
+ * [start, end). Without `states` it sees all keys and stores its rows; with them it is a piece of
+ * whole segments, and the state of each goes to the place of its number. */
 typedef struct {
     long seq, head, first, last, start, end;
     float *states;
@@ -256,7 +259,7 @@ INLINE long new_tokens(const Attention *a, long seq) { return a->starts[seq + 1]
 INLINE long item_rows(const Attention *a, const Item *i) { return (i->last - i->first) * a->group; }
 
 /* All rows of an item against the keys [start, end) of one segment, into s->segment. */
-static void attend_segment(const Attention *a, const Item *item, long start, long end,
+NOINLINE static void attend_segment(const Attention *a, const Item *item, long start, long end,
                            Scratch *s) {
     const long rows = item_rows(a, item), dim = a->cache.dim;
     const long past = a->lengths[item->seq] - new_tokens(a, item->seq);
@@ -306,31 +309,34 @@ INLINE State state_of(const Attention *a, const Item *item, long j) {
     return state_at(item->states + j * state_floats(rows, a->cache.dim), rows);
 }
 
+static void merge_rows(const Attention *a, const Item *item, State into, State from) {
+    const long dim = a->cache.dim;
+    for (long r = 0; r < item_rows(a, item); r++) merge_row(into, r, from, r, dim);
+}
+
+static void store_rows(const Attention *a, const Item *item, State s) {
+    for (long r = 0; r < item_rows(a, item); r++) store_row(a, item, s, r);
+}
+
 static void attend_item(const Attention *a, const Item *item, Scratch s) {
-    const long rows = item_rows(a, item), dim = a->cache.dim;
     load_queries(a, item, &s);
-    if (item->states) {
-        s.segment = state_of(a, item, item->start / SEGMENT);
-        attend_segment(a, item, item->start, item->end, &s);
-        return;
-    }
-    clear_state(s.total, rows, dim);
-    for (long start = 0; start < item->end; start += SEGMENT) {
+    if (!item->states) clear_state(s.total, item_rows(a, item), a->cache.dim);
+    for (long start = item->start; start < item->end; start += SEGMENT) {
+        if (item->states) s.segment = state_of(a, item, start / SEGMENT);
         attend_segment(a, item, start, min_l(start + SEGMENT, item->end), &s);
-        for (long r = 0; r < rows; r++) merge_row(s.total, r, s.segment, r, dim);
+        if (!item->states) merge_rows(a, item, s.total, s.segment);
     }
-    for (long r = 0; r < rows; r++) store_row(a, item, s.total, r);
+    if (!item->states) store_rows(a, item, s.total);
 }
 
 INLINE long segments_of(long keys) { return (keys + SEGMENT - 1) / SEGMENT; }
 
 /* What the segments of a split item found, merged in their order. */
 static void merge_item(const Attention *a, const Item *item, Scratch s) {
-    const long rows = item_rows(a, item), dim = a->cache.dim;
-    clear_state(s.total, rows, dim);
+    clear_state(s.total, item_rows(a, item), a->cache.dim);
     for (long j = 0; j < segments_of(a->lengths[item->seq]); j++)
-        for (long r = 0; r < rows; r++) merge_row(s.total, r, state_of(a, item, j), r, dim);
-    for (long r = 0; r < rows; r++) store_row(a, item, s.total, r);
+        merge_rows(a, item, s.total, state_of(a, item, j));
+    store_rows(a, item, s.total);
 }
 
 /* The work of a batch: counted by a first walk (items NULL), written down by a second one. */
@@ -347,18 +353,18 @@ static void add_item(Plan *p, const Attention *a, Item item) {
     if (item_rows(a, &item) > p->most_rows) p->most_rows = item_rows(a, &item);
 }
 
-/* New tokens [first, last) of one head, a segment an item. */
-static void add_split(Plan *p, const Attention *a, Item item) {
+/* In pieces of at most `longest` segments. */
+static void add_split(Plan *p, const Attention *a, Item item, long longest) {
     const long keys = item.end, state = state_floats(item_rows(a, &item), a->cache.dim);
-    item.states = p->items ? p->states + p->state_floats : NULL;
-    for (item.start = 0; item.start < keys; item.start += SEGMENT, p->state_floats += state) {
-        item.end = min_l(item.start + SEGMENT, keys);
+    if (p->items) item.states = p->states + p->state_floats;
+    p->state_floats += segments_of(keys) * state;
+    for (item.start = 0; item.start < keys; item.start += longest * SEGMENT) {
+        item.end = min_l(item.start + longest * SEGMENT, keys);
         add_item(p, a, item);
     }
 }
 
-/* Few rows of a sequence over so many keys that its items would keep the other threads waiting:
- * more than `longest` segments. */
+/* Few rows over more than `longest` segments are split: one thread would keep the others waiting. */
 static void plan_sequence(Plan *p, const Attention *a, long seq, long longest) {
     const long tokens = new_tokens(a, seq), past = a->lengths[seq] - tokens;
     const long span = a->group < ITEM_ROWS ? ITEM_ROWS / a->group : 1;
@@ -367,7 +373,7 @@ static void plan_sequence(Plan *p, const Attention *a, long seq, long longest) {
         for (long head = 0; head < a->cache.kv_heads; head++) {
             const long first = i * span, last = min_l(first + span, tokens);
             const Item item = {seq, head, first, last, 0, past + last, NULL};
-            if (split) add_split(p, a, item);
+            if (split) add_split(p, a, item, longest);
             else add_item(p, a, item);
         }
 }
@@ -433,7 +439,7 @@ int nybble_attention(const Attention *a, int threads) {
     const int status = check_batch(a);
     if (status) return status;
     plan_batch(&p, a, LONG_MAX);
-    const long longest = p.segments / (4 * threads); /* a quarter of a thread's share */
+    const long longest = p.segments / (8 * threads) + 1; /* an eighth of a thread's share */
     plan_batch(&p, a, longest);
     const long size = round_up(scratch_floats(&a->cache, p.most_rows), 16);
     const long floats = size * threads + p.state_floats;

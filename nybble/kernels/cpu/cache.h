@@ -39,21 +39,18 @@ INLINE f32x16 load_cached(const void *p, long i, int kind) {
     if (kind == KIND_I8) {
         i8x16 codes;
         memcpy(&codes, (const int8_t *)p + i, sizeof codes);
-        return to_f32(__builtin_convertvector(codes, i32x16));
+        return to_f32(widen_i8(codes));
     }
     if (kind == KIND_I4) { /* byte j holds elements 2j and 2j + 1 */
-        uint64_t bytes;
-        memcpy(&bytes, (const uint8_t *)p + i / 2, sizeof bytes);
-        const uint64_t low = bytes & 0x0f0f0f0f0f0f0f0f, high = bytes >> 4 & 0x0f0f0f0f0f0f0f0f;
-        u8x16 codes;
-        memcpy(&codes, &low, 8);
-        memcpy((char *)&codes + 8, &high, 8);
+        uint64_t pairs;
+        memcpy(&pairs, (const uint8_t *)p + (i >> 1), sizeof pairs);
+        i8x16 codes = (i8x16)(u64x2){pairs, pairs >> 4} & 15;
 #if defined(__clang__)
         codes = __builtin_shufflevector(codes, codes, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-        codes = __builtin_shuffle(codes, (u8x16){0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15});
+        codes = __builtin_shuffle(codes, (i8x16){0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15});
 #endif
-        return to_f32(__builtin_convertvector(codes, i32x16));
+        return to_f32(widen_i8(codes));
     }
     return load_kind(p, i, kind);
 }

@@ -19,6 +19,7 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
 typedef int8_t i8x32 __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -54,6 +55,21 @@ INLINE i32x16 load_i32(const int32_t *p) {
 INLINE void store_f32(float *p, f32x16 v) { memcpy(p, &v, sizeof v); }
 
 INLINE f32x16 to_f32(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+
+/* Bytes to 32 bits: GCC 12 takes the long way round by itself. */
+INLINE i32x16 widen_i8(i8x16 v) {
+#if defined(NYBBLE_X86) && defined(__AVX512F__)
+    return (i32x16)_mm512_cvtepi8_epi32((__m128i)v);
+#elif defined(NYBBLE_X86) && defined(__AVX2__)
+    const __m256i wide[2] = {_mm256_cvtepi8_epi32((__m128i)v),
+                             _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)v, 8))};
+    i32x16 all;
+    memcpy(&all, wide, sizeof all);
+    return all;
+#else
+    return __builtin_convertvector(v, i32x16);
+#endif
+}
 
 INLINE f32x16 select_f(i32x16 mask, f32x16 yes, f32x16 no) {
     return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));

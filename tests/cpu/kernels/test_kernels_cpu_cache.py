@@ -21,7 +21,7 @@ KINDS = list(KV_DTYPES)
 kinds = st.sampled_from(KINDS)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 3])
 def threads(request):
     """Splitting work among threads is a matter of their number, not of this machine's."""
     before = torch.get_num_threads()
