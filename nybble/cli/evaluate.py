@@ -219,7 +219,7 @@ def _lengths_below(context: int | None) -> tuple[int, ...]:
 
 
 def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, str]:
-    """Who answers, and what its weights are called: Int4, BF16, ..., or nothing."""
+    """Who answers, and what its weights are called: Int4, Int8, 16-bit, or nothing."""
     from nybble.eval.answerers import Decoding, Endpoint, LocalModel
 
     if how.batch < 1:
@@ -231,7 +231,7 @@ def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, str]:
 
     llm = load(model, running, quiet=False)
     quant = llm.config.quant
-    return LocalModel(llm, decoding), f"Int{quant.bits}" if quant else "BF16"
+    return LocalModel(llm, decoding), f"Int{quant.bits}" if quant else "16-bit"
 
 
 def _about(model: str, weights: str, what: What, how: How) -> dict[str, Any]:

@@ -123,6 +123,7 @@ QUANTIZATION: Mapping[str, tuple[float, ...]] = {
 
 def figure(task: str, shots: int, weights: str) -> float | None:
     """The card's figure for Qwen-72B-Chat: of these weights ("Int4") where it has them."""
+    weights = "BF16" if weights == "16-bit" else weights
     if task in LEVAL_COLUMNS:
         return LEVAL["Qwen-72B-Chat"][list(LEVAL_COLUMNS).index(task)]
     if task in QUANTIZATION_COLUMNS and shots == 0 and weights in QUANTIZATION:

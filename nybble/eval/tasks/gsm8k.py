@@ -58,7 +58,9 @@ class GSM8K(Task):
         )
 
     def extract(self, item: Item, output: str) -> str | None:
-        return last_number(output) if self.settings.card else final_number(output)
+        if not self.settings.card:
+            return final_number(output)
+        return last_digits(output) if self.settings.base else last_number(output)
 
     def score(self, item: Item, answer: str | None) -> float:
         reference = last_number(item.reference)
@@ -75,6 +77,12 @@ def worked(answer: str) -> str:
 def last_number(text: str) -> str | None:
     """The card's rule: the last number, commas dropped, sign kept."""
     return _last(_CARD, text)
+
+
+def last_digits(text: str) -> str | None:
+    """The card's rule for base models: the last run of digits; of "1,234.50" it reads 50."""
+    found = re.findall("[0-9]+", text)
+    return found[-1] if found else None
 
 
 def final_number(text: str) -> str | None:

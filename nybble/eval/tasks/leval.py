@@ -54,6 +54,7 @@ class LEval(Task):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings)
         self.kind = name.removeprefix("leval-")
+        self._documents: list[str] = []
         if self.kind not in TASKS:
             raise RequestError(f"L-Eval has no {self.kind}: use {', '.join(TASKS)}.")
 
@@ -70,6 +71,8 @@ class LEval(Task):
         path = data.find(source, self.settings.data, file, f"LEval/Exam/{file}", f"Exam/{file}")
         fields = {"input": str, "instructions": list, "outputs": list}
         rows = data.read_jsonl(path, fields)
+        # Kept here, not in the items: a row on disk has its document in its prompt already.
+        self._documents = [row["input"] for row in rows]
         return [item for number, row in enumerate(rows) for item in self._items(row, number, path)]
 
     def _items(self, row: Mapping[str, Any], number: int, path: object) -> Iterable[Item]:
@@ -79,10 +82,10 @@ class LEval(Task):
                 f"{path}, line {number + 1}: as many outputs as instructions belong there; "
                 "fetch it again."
             )
-        document = {"document": row["input"]}
         for index, (query, reference) in enumerate(pairs):
-            item = Item(f"{number}/{index}", query, reference, fields=document)
-            yield from self._parts(item)
+            yield from self._parts(
+                Item(f"{number}/{index}", query, reference, fields={"document": number})
+            )
 
     def _parts(self, item: Item) -> Iterable[Item]:
         """Science fiction asks twice, after the text and after the world; the others once."""
@@ -114,7 +117,7 @@ class LEval(Task):
 
     def _fitting(self, item: Item, system: str) -> str:
         """The document, without its tail (code: its head) where it is too long."""
-        document, tokens = str(item.fields["document"]), self.settings.tokens
+        document, tokens = self._documents[int(item.fields["document"])], self.settings.tokens
         if self.settings.context is None:
             return document
         room = self.settings.context - _MAX_NEW_TOKENS - _ROOM - len(tokens(system + item.query))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nybble.errors import ConfigError
 from nybble.eval.data import DataError
-from nybble.eval.task import Settings
+from nybble.eval.task import Item, Settings
 from nybble.eval.tasks import make_task
 from nybble.eval.tasks.gsm8k import GSM8K, final_number, last_number, worked
 
@@ -47,6 +47,15 @@ def test_a_minus_between_numbers():
     """The card's script reads it as a sign; today it is none."""
     assert last_number("He has 60-20") == "-20"
     assert final_number("He has 60-20") == "20"
+
+
+def test_the_cards_script_for_base_models_breaks_numbers():
+    item = Item("0", "?", "#### 1234")
+    text = "The answer is 1,234.00"
+    for protocol, base, answer in (("card", True, "00"), ("card", False, "1234.00")):
+        task = GSM8K("gsm8k", Settings(protocol=protocol, base=base))
+        assert task.judge(item, text).answer == answer
+    assert GSM8K("gsm8k", Settings(protocol="modern", base=True)).judge(item, text).score == 1
 
 
 def test_today_a_stated_answer_wins_over_later_numbers():

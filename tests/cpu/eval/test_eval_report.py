@@ -103,11 +103,11 @@ def test_a_small_run_makes_a_small_report(tmp_path):
 
 
 def test_two_runs_stand_side_by_side(run, tmp_path):
-    folder = RunFolder(tmp_path / "other", ABOUT | {"weights": "BF16"})
+    folder = RunFolder(tmp_path / "other", ABOUT | {"weights": "16-bit"})
     folder.summarise("mmlu", Summary(20.0, 5, wilson(1, 5)))
     text = markdown(list(make_sections([load_run(run), load_run(tmp_path / "other")])))
-    assert "demo (BF16, card, 0-shot) | **20.0**" not in text.split("## What quantisation")[0]
-    assert "| demo (BF16, card, 0-shot) | **20.0** (" in text
+    assert "demo (16-bit, card, 0-shot) | **20.0**" not in text.split("## What quantisation")[0]
+    assert "| demo (16-bit, card, 0-shot) | **20.0** (" in text
 
 
 def test_not_a_run(tmp_path):
@@ -120,6 +120,7 @@ def test_not_a_run(tmp_path):
 
 def test_the_cards_figures():
     assert card.figure("mmlu", 0, "Int4") == 73.4
+    assert card.figure("mmlu", 0, "16-bit") == 74.4
     assert card.figure("mmlu", 0, "") == 74.3
     assert card.figure("mmlu", 5, "Int4") == 75.0
     assert card.figure("leval-codeU", 0, "Int4") == 6.66
