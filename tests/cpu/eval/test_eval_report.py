@@ -110,6 +110,15 @@ def test_two_runs_stand_side_by_side(run, tmp_path):
     assert "| demo (16-bit, card, 0-shot) | **20.0** (" in text
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for name, score in (("first", 10.0), ("second", 20.0)):
+        folder = RunFolder(tmp_path / name, ABOUT)
+        folder.summarise("mmlu", Summary(score, 5, wilson(1, 5)))
+    text = markdown(list(make_sections([load_run(tmp_path / n) for n in ("first", "second")])))
+    assert "| demo (Int4, card, 0-shot, first) | mmlu | **10.0** |" in text
+    assert "| demo (Int4, card, 0-shot, second) | mmlu | **20.0** |" in text
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.json cannot be read.*folder of a run"):
         load_run(tmp_path)
