@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,8 +174,12 @@ def _run(name: str, model: str, what: What, how: How, running: Running, as_json:
     names = _selected(name, what)
     if what.samples > 1 and not how.temperature:
         raise ConfigError("--samples above 1 needs --temperature: greedy answers are all alike.")
+    if (what.lengths or what.depths) and name not in ("needle", "all"):
+        raise ConfigError("--lengths and --depths go with the needle only: leave them out.")
     answerer, weights = _answerer(model, how, running)
     settings = what.settings(answerer)
+    if name == "leval":  # its subjects were benchmarks of their own
+        settings = replace(settings, subjects=())
     folder = RunFolder(how.out or _default_folder(model, what), _about(model, weights, what, how))
     summaries: dict[str, Summary] = {}
     for task_name in names:
@@ -226,6 +230,8 @@ def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, str]:
         raise ConfigError("--batch must be at least 1.")
     decoding = Decoding(how.temperature, how.top_p, how.max_tokens)
     if how.endpoint:
+        if running != Running():
+            raise ConfigError("--endpoint goes without --device and the like: its server has them.")
         return Endpoint(how.endpoint, model, decoding, workers=how.batch), ""
     from nybble.cli.loading import load
 

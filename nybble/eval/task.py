@@ -106,6 +106,7 @@ class Task(ABC):
     """One benchmark under one protocol. Subclasses are small: everything shared is here."""
 
     splits: tuple[str, ...] = ("",)
+    has_subjects = False
     shots: tuple[int, ...] = (0,)
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -115,9 +116,10 @@ class Task(ABC):
             allowed = " or ".join(map(str, self.shots))
             raise ConfigError(f"{name} is defined with {allowed} shots: change --shots.")
         if settings.split and settings.split not in self.splits:
-            raise ConfigError(
-                f"{name} has no split {settings.split!r}: use {' or '.join(self.splits)}."
-            )
+            usable = " or ".join(filter(None, self.splits)) or "no --split"
+            raise ConfigError(f"{name} has no split {settings.split!r}: use {usable}.")
+        if settings.subjects and not self.has_subjects:
+            raise ConfigError(f"{name} has no subjects: leave --subjects out.")
 
     @property
     def split(self) -> str:

@@ -31,6 +31,7 @@ class Exam(Task):
     groups: Mapping[str, Sequence[str]]
     option_prefix: str
     shots = (0, 5)
+    has_subjects = True
 
     @abstractmethod
     def file(self, split: str, subject: str) -> Path: ...

@@ -113,6 +113,8 @@ class LEval(Task):
             if item.subject == "world":
                 query = query.replace(_FROM_TEXT, _FROM_WORLD)
             text = f"Document is as follows. {document} \nQuestion: {query}. {_DIRECT} \nAnswer:"
+        if self.settings.base:
+            return Prompt(f"{system}\n\n{text}", chat=False, max_tokens=_MAX_NEW_TOKENS)
         return Prompt(text, system, max_tokens=_MAX_NEW_TOKENS)
 
     def _fitting(self, item: Item, system: str) -> str:

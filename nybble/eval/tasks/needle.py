@@ -76,6 +76,8 @@ class Needle(Task):
         if room not in self._haystacks:
             self._haystacks[room] = stretch(self._text, room, self.settings.tokens)
         text = hide(self._haystacks[room], NEEDLE, depth)
+        if self.settings.base:
+            return Prompt(f"{_ASK.format(text)}\nAnswer:", chat=False, max_tokens=_MAX_NEW_TOKENS)
         return Prompt(_ASK.format(text), max_tokens=_MAX_NEW_TOKENS)
 
     def extract(self, item: Item, output: str) -> str | None:

@@ -129,6 +129,15 @@ def test_prompts(tmp_path):
     assert "very long document" in prompt.system
 
 
+def test_base_models_get_everything_as_one_text(tmp_path):
+    write(tmp_path, "tpo")
+    task = LEval("leval-tpo", Settings(data=tmp_path, base=True))
+    prompt = task.prompt(task.load()[0])
+    assert not prompt.chat
+    assert prompt.text.startswith("Now you are given")
+    assert prompt.text.endswith("Answer:")
+
+
 def test_science_fiction_asks_twice(tmp_path):
     query = "True or False? Answer this question based on the world described in the document."
     write(tmp_path, "sci_fi", instructions=[query], outputs=["True [fact: False]"])

@@ -59,6 +59,8 @@ def test_scores_are_the_share_of_facts():
     assert task.judge(item, NEEDLE).score == 1
     assert task.judge(item, "Eat a sandwich in the park.").score == pytest.approx(3 / 7)
     assert task.judge(item, "").score == 0
+    base = needle(Mock(), base=True)
+    assert base.prompt(base.load()[0]).text.endswith("San Francisco?\nAnswer:")
 
 
 @given(st.text(min_size=1), st.integers(0, 100))
