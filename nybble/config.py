@@ -144,6 +144,7 @@ class EngineConfig:
     """How to run a model on this machine. `auto` is settled when the model is loaded.
 
     dtype float32 computes every product in fp32 (exact, slow); auto takes the fastest kernels.
+    max_running requests share a step of prefill_chunk tokens, and a cache of cache_tokens.
     """
 
     device: str = "auto"
@@ -152,11 +153,13 @@ class EngineConfig:
     max_context: int | None = None
     prefill_chunk: int = 512
     threads: int | None = None
+    max_running: int = 64
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_dtype", self.kv_dtype, (*DTYPES, "int8", "int4"))
-        for name in ("max_context", "prefill_chunk", "threads"):
+        for name in ("max_context", "prefill_chunk", "threads", "max_running", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1.")

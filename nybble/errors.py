@@ -23,3 +23,11 @@ class CapacityError(NybbleError):
 
 class NumericsError(NybbleError):
     """A NaN or Inf appeared while computing; the message names the layer where it began."""
+
+
+class BusyError(NybbleError):
+    """Too many requests are waiting already: the same one may be sent again later."""
+
+
+class UnavailableError(NybbleError):
+    """The engine is not there for requests: it is shutting down, or a step of it failed."""

@@ -46,10 +46,12 @@ class LLM:
     model: a folder, "demo", or a hub repository id ("Qwen/Qwen-72B-Chat-Int4"; with the prefix
     "modelscope:" from ModelScope). device: "auto", "cpu", "cuda". dtype: "auto" takes the
     fastest kernels; "float32" computes everything exactly as the reference does. max_context
-    bounds prompt and answer together; None takes what the model advertises.
+    bounds prompt and answer together; None takes what the model advertises. max_running: how
+    many requests run at a time; cache_tokens: how many tokens the cache holds for all of them,
+    None: a full context, or 2 GiB if that is more.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, all settings stand here once
         self,
         model: str | Path,
         *,
@@ -58,9 +60,19 @@ class LLM:
         kv_dtype: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
+        max_running: int = 64,
+        cache_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        options = EngineConfig(device, dtype, kv_dtype, max_context, threads=threads)
+        options = EngineConfig(
+            device,
+            dtype,
+            kv_dtype,
+            max_context,
+            threads=threads,
+            max_running=max_running,
+            cache_tokens=cache_tokens,
+        )
         self.folder = resolve(model, progress)
         self.config: ModelConfig = read_model_config(self.folder)
         self.tokenizer: Tokenizer | None = (
@@ -99,6 +111,8 @@ class LLM:
             max_context=options.max_context or self.config.max_context,
             kv_dtype=kv_dtype,
             prefill_chunk=options.prefill_chunk,
+            max_running=options.max_running,
+            cache_tokens=options.cache_tokens,
         )
 
     def _stored_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
@@ -127,12 +141,15 @@ class LLM:
         prompts: str | list[int] | list[str] | list[list[int]],
         sampling_params: SamplingParams | None = None,
     ) -> Completion | list[Completion]:
-        """Continue a text or token ids, as they are: no chat format. A list gives a list."""
+        """Continue a text or token ids, as they are: no chat format.
+
+        A list gives a list, and its prompts run together; an error in one of them ends all.
+        """
         if isinstance(prompts, str) or _is_ids(prompts):
             return _drain(self._stream_ids(self.encode(prompts), sampling_params))
         many = cast("list[str] | list[list[int]]", prompts)
         streams = [self._stream_ids(self.encode(prompt), sampling_params) for prompt in many]
-        return [_drain(stream) for stream in streams]
+        return _drain_together(streams)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """fp32 (tokens, vocab): what the model predicts after each token. Any length."""
@@ -269,3 +286,17 @@ def _drain(stream: TextStream) -> Completion:
     for _ in stream:
         pass
     return stream.completion
+
+
+def _drain_together(streams: Sequence[TextStream]) -> list[Completion]:
+    """All at a time: each in turn gives a piece, so that none runs far beyond a stop string."""
+    try:
+        for stream in streams:
+            stream.start()
+        running = list(streams)
+        while running:
+            running = [stream for stream in running if next(stream, None) is not None]
+    finally:
+        for stream in streams:
+            stream.close()
+    return [stream.completion for stream in streams]

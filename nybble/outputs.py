@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from nybble.engine.engine import Generation, Timing
+from nybble.engine.engine import Generation
+from nybble.engine.request import Timing
 from nybble.engine.sampler import TokenLogprob
 from nybble.errors import RequestError
 from nybble.tokenizer import StopMatcher, StreamDecoder, Tokenizer
@@ -55,6 +56,10 @@ class TextStream:
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    def start(self) -> None:
+        """Let the request join the engine's queue now, not when the first piece is asked for."""
+        self.generation.start()
 
     def close(self) -> None:
         """End the request where it stands; what came so far stays readable."""

@@ -26,22 +26,25 @@ class PagePool:
     used: held by one or more owners, who each give back what they took with `release`. cached:
     held by nobody, but its content has a name and may be taken again. free: empty. A page that
     is published must not be written any more: that is why only full ones are shared.
+
+    Pages are taken lowest first. Those from `warm` on are taken only when no cached one is left,
+    so that memory follows need; None: all are used before content is given up.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, warm: int | None = None) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a pool of {num_pages} pages of {page_size} tokens is empty")
         self.num_pages, self.page_size = num_pages, page_size
         self._references = [0] * num_pages
-        # Lowest page first, the last one given back before others: untouched memory costs nothing.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._untouched = min(num_pages, num_pages if warm is None else warm)
+        self._free = list(range(self._untouched - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest unused first
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.num_pages - self._untouched
 
     @property
     def cached(self) -> int:
@@ -54,7 +57,7 @@ class PagePool:
     @property
     def available(self) -> int:
         """Pages that `allocate` can give."""
-        return len(self._free) + len(self._cached)
+        return self.free + self.cached
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -63,7 +66,7 @@ class PagePool:
         """Take `count` pages of unspecified content, of the cached ones the longest unused."""
         if count > self.available:
             raise ValueError(f"{count} pages wanted, {self.available} available")
-        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        pages = [self._next() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
@@ -109,7 +112,7 @@ class PagePool:
         owned: every page that somebody holds, as often as it is held; None leaves that out.
         """
         held = {page for page, count in enumerate(self._references) if count}
-        parts = [*held, *self._free, *self._cached]
+        parts = [*held, *self._free, *self._cached, *range(self._untouched, self.num_pages)]
         if sorted(parts) != list(range(self.num_pages)):
             raise RuntimeError(f"pages are lost or in two places: {sorted(parts)}")
         if {page: key for key, page in self._pages.items()} != self._keys:
@@ -129,7 +132,12 @@ class PagePool:
         else:
             self._free.append(page)
 
-    def _evict(self) -> int:
-        page, _ = self._cached.popitem(last=False)
-        del self._pages[self._keys.pop(page)]
-        return page
+    def _next(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._cached:
+            page, _ = self._cached.popitem(last=False)
+            del self._pages[self._keys.pop(page)]
+            return page
+        self._untouched += 1
+        return self._untouched - 1

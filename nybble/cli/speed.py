@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nybble.engine.engine import Timing
+    from nybble.engine.request import Timing
 
 
 def speed_line(timing: Timing) -> str:

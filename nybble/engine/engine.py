@@ -1,86 +1,63 @@
-"""Runs a decoder: prompts in, token ids out. Knows ids and logits, never text."""
+"""Runs a decoder for many requests at a time. Knows ids and logits, never text."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from nybble.cache.store import KVStore, one_sequence
+from nybble.cache.pages import PagePool
+from nybble.cache.sizes import bytes_per_token
+from nybble.cache.store import PAGE_SIZE
+from nybble.engine import replay
+from nybble.engine.request import Request, Timing, Token
+from nybble.engine.runner import Runner
 from nybble.engine.sampler import Sampler, TokenLogprob
-from nybble.errors import CapacityError, NumericsError, RequestError
-from nybble.model.decoder import Decoder, Step
-from nybble.model.rope import Positions, make_positions, ntk_alpha
+from nybble.engine.scheduler import Chunk, Scheduler, TokenSequence
+from nybble.errors import CapacityError, NumericsError, RequestError, UnavailableError
+from nybble.model.decoder import Decoder
+from nybble.model.rope import ntk_alpha
 from nybble.sampling import SamplingParams
 
-_LEAST_CAPACITY = 512  # tokens
+# What the cache may grow to where nobody says, and what it takes before it forgets prefixes.
+_CACHE_BYTES, _WARM_BYTES = 2**31, 2**28
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is: requests, and pages of the cache in use, kept for later, in all."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_cached: int
+    num_pages: int
 
 
 @dataclass
-class Timing:
-    """Seconds and tokens of one generation; `reused_tokens` came from the cache."""
+class Counters:
+    """What the engine has done so far. reused_tokens: those of prompts found in the cache."""
 
+    steps: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second after the first one, which the prefill yields."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass
-class _Sequence:
-    """The tokens whose keys and values stand in `store`, page after page, and their factors.
-
-    The store and the factors are sized together, and belong to this sequence alone.
-    """
-
-    ids: list[int]
-    alpha: float
-    store: KVStore
-    positions: Positions
-
-
-@dataclass
-class Generation:
-    """One running request: iterate it for tokens. finish_reason is set when it ends.
-
-    finish_reason: "stop" (an end-of-turn or stop token, which is not part of the output) or
-    "length" (max_tokens or the context is used up); None while running or when abandoned.
-    """
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    _tokens: Iterator[int]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    timing: Timing = field(default_factory=Timing)
-
-    def __iter__(self) -> Iterator[int]:
-        return self._tokens
-
-    def close(self) -> None:
-        """Abandon the request; its cache becomes free for the next one."""
-        close = getattr(self._tokens, "close", None)
-        if close is not None:
-            close()
 
 
 class Engine:
-    """Generates for one request at a time, and keeps the last cache for a common prefix.
+    """Generates for up to `max_running` requests in common steps; the others wait their turn.
 
     Ids from vocab_size on, and unused_ids, are never sampled; eos_ids end an answer;
-    max_context bounds prompt and answer together; kv_dtype is a kind of KVLayer.
+    max_context bounds prompt and answer together; kv_dtype is a kind of KVLayer. A step takes
+    prefill_chunk tokens at most. cache_tokens: how many the cache holds for all requests; None
+    takes what a full context needs, or 2 GiB if that is more. Not for two threads at a time,
+    but `request` and `abort` may be called from any.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, all settings stand here once
         self,
         decoder: Decoder,
         *,
@@ -90,22 +67,48 @@ class Engine:
         kv_dtype: str,
         prefill_chunk: int,
         unused_ids: Sequence[int] = (),
+        max_running: int = 64,
+        cache_tokens: int | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self.decoder = decoder
-        self.vocab_size = vocab_size
+        self.device = decoder.embed_tokens.device
         self.eos_ids = frozenset(eos_ids)
-        self.max_context = max_context
         self.kv_dtype = kv_dtype
         self.prefill_chunk = prefill_chunk
-        self.unused_ids = list(unused_ids)
-        self.device = decoder.embed_tokens.device
-        self._idle: _Sequence | None = None
+        self.max_running = min(max_running, prefill_chunk)
+        self.share_prefixes = share_prefixes
+        self.token_bytes = bytes_per_token(decoder.config, kv_dtype)
+        wanted = cache_tokens or max(max_context, _CACHE_BYTES // self.token_bytes)
+        self.num_pages = -(-wanted // PAGE_SIZE)
+        self.max_context = min(max_context, self.num_pages * PAGE_SIZE)
+        self.counters = Counters()
+        self.scheduler = self._new_scheduler()
+        self._runner = Runner(decoder, kv_dtype, self.num_pages, PAGE_SIZE)
+        self._sampler = Sampler(vocab_size, self.device, unused_ids)
+        self._alive: dict[TokenSequence, Request] = {}
+        self._aborted: deque[Request] = deque()
+
+    def _new_scheduler(self) -> Scheduler:
+        warm = _WARM_BYTES // self.token_bytes // PAGE_SIZE
+        return Scheduler(
+            PagePool(self.num_pages, PAGE_SIZE, warm),
+            step_tokens=self.prefill_chunk,
+            max_running=self.max_running,
+            share_prefixes=self.share_prefixes,
+        )
+
+    # -- requests --------------------------------------------------------------------------
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
         """Check the request now, run it while the returned Generation is iterated.
 
         Raises RequestError or CapacityError at once, NumericsError while running.
         """
+        return Generation(self, self.request(prompt_ids, params))
+
+    def request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
+        """A checked request, which begins with `add`; RequestError or CapacityError."""
         ids = list(prompt_ids)
         self.check_ids(ids)
         if len(ids) >= self.max_context:
@@ -113,22 +116,47 @@ class Engine:
                 f"The prompt has {len(ids)} tokens and the context {self.max_context}: shorten "
                 "the prompt, or raise max_context if the model allows it."
             )
-        generation = Generation(ids, params, iter(()))
-        generation._tokens = self._run(generation)
-        return generation
+        room = self.max_context - len(ids)
+        limit = len(ids) + min(params.max_tokens or room, room)
+        return Request(
+            prompt_ids=ids,
+            params=params,
+            sequence=TokenSequence(list(ids), limit, self._alpha(ids)),
+            sampling=self._sampler.state(params, ids),
+            stop_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self.eos_ids),
+            timing=Timing(prompt_tokens=len(ids)),
+        )
 
-    @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """fp32 (tokens, vocab): the model's prediction after each token.
+    def add(self, request: Request) -> None:
+        """Queue a request: the next steps run it. One that was aborted before stays ended."""
+        if not request.done:
+            self.scheduler.add(request.sequence)
+            self._alive[request.sequence] = request
 
-        The whole sequence counts as the prompt; its length is not bounded by max_context.
-        """
-        ids = list(token_ids)
-        self.check_ids(ids)
-        sequence = self._new_sequence(ids)
-        logits = torch.cat(list(self._prefill(sequence, ids, every=True, limit=len(ids))))
-        self._check_finite(logits, ids)
-        return logits
+    def abort(self, request: Request) -> None:
+        """End a request at the next step, wherever it stands. Harmless when it has ended."""
+        self._aborted.append(request)
+
+    @property
+    def alive(self) -> list[Request]:
+        """The requests that run or wait."""
+        return list(self._alive.values())
+
+    @property
+    def idle(self) -> bool:
+        return not self._alive
+
+    @property
+    def load(self) -> Load:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=pool.used,
+            pages_cached=pool.cached,
+            num_pages=pool.num_pages,
+        )
 
     def check_ids(self, ids: list[int]) -> None:
         """RequestError unless ids is a non-empty list of ids that the model has rows for."""
@@ -141,136 +169,178 @@ class Engine:
                     f"{token!r} is not a token id of this model: use 0 to {rows - 1}."
                 )
 
-    # -- one request -----------------------------------------------------------------------
-
-    def _run(self, generation: Generation) -> Iterator[int]:
-        ids, params = generation.prompt_ids, generation.params
-        sequence = self._take_sequence(ids)
-        timing = generation.timing
-        timing.prompt_tokens, timing.reused_tokens = len(ids), len(sequence.ids)
-        sampler = Sampler(params, ids, self.vocab_size, self.device, self.unused_ids)
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
-        room = self.max_context - len(ids)
-        budget = min(params.max_tokens or room, room)
-        pending = ids[len(sequence.ids) :]
-        sound = True
-        try:
-            while True:
-                begin = time.perf_counter()
-                for logits in self._prefill(sequence, pending):
-                    row = logits[-1]
-                self._check_finite(row, sequence.ids)
-                token = sampler.choose(row)
-                self._clock(timing, time.perf_counter() - begin)
-                if token in stop_ids:
-                    generation.finish_reason = "stop"
-                    return
-                generation.token_ids.append(token)
-                if params.logprobs is not None:
-                    generation.logprobs.append(sampler.logprob(row, token))
-                if len(generation.token_ids) == budget:
-                    generation.finish_reason = "length"
-                yield token
-                if generation.finish_reason is not None:
-                    return
-                pending = [token]
-        except NumericsError:
-            sound = False
-            raise
-        finally:
-            if sound:
-                self._idle = sequence
-
-    @staticmethod
-    def _clock(timing: Timing, seconds: float) -> None:
-        if timing.new_tokens == 0:
-            timing.prefill_seconds = seconds
-        else:
-            timing.decode_seconds += seconds
-        timing.new_tokens += 1
-
-    def _prefill(
-        self,
-        sequence: _Sequence,
-        ids: list[int],
-        every: bool = False,
-        limit: int | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Feed ids in chunks, so that memory stays bounded; yields each chunk's logits."""
-        limit = limit or self.max_context
-        for begin in range(0, len(ids), self.prefill_chunk):
-            chunk = ids[begin : begin + self.prefill_chunk]
-            tensor = torch.tensor(chunk, device=self.device)
-            logits = self.decoder.forward(tensor, self._step(sequence, len(chunk), limit), every)
-            sequence.ids.extend(chunk)
-            yield logits
-
-    def _step(self, sequence: _Sequence, tokens: int, limit: int) -> Step:
-        start = len(sequence.ids)
-        self._reserve(sequence, start + tokens, limit)
-        positions, store = sequence.positions.slice(start, start + tokens), sequence.store
-        batch = one_sequence(start, tokens, store.page_size, self.device)
-        return Step(positions, batch, store.layers)
-
-    def _reserve(self, sequence: _Sequence, tokens: int, limit: int) -> None:
-        """Make room for `tokens` in all, by doubling up to `limit`: memory follows use."""
-        store = sequence.store
-        held = store.num_pages * store.page_size
-        if tokens <= held:
-            return
-        capacity = min(limit, max(tokens, 2 * held, _LEAST_CAPACITY))
-        sequence.store = store.grown(-(-capacity // store.page_size))
-        sequence.positions = self._positions(sequence.alpha, capacity)
-
-    def _positions(self, alpha: float, length: int) -> Positions:
-        return make_positions(self.decoder.config, alpha, length, self.device)
-
-    # -- sequences and the prefix they share -------------------------------------------------
-
-    def _new_sequence(self, ids: list[int]) -> _Sequence:
-        alpha = self._alpha(ids)
-        store = KVStore(self.decoder.config, self.kv_dtype, 0, self.device)
-        return _Sequence([], alpha, store, self._positions(alpha, 0))
-
     def _alpha(self, ids: list[int]) -> float:
         config = self.decoder.config
         return ntk_alpha(len(ids), config.trained_context) if config.dynamic_ntk else 1.0
 
-    def _take_sequence(self, ids: list[int]) -> _Sequence:
-        """The last sequence cut to the prefix it shares with `ids`, or a new one."""
-        sequence, self._idle = self._idle, None
-        if sequence is None or sequence.alpha != self._alpha(ids):
-            return self._new_sequence(ids)
-        # The last prompt token is always fed again: its logits are what starts the answer.
-        shared = _common_prefix(sequence.ids, ids[:-1])
-        del sequence.ids[shared:]
-        return sequence
+    # -- steps -----------------------------------------------------------------------------
 
-    # -- the guard against silent nonsense ---------------------------------------------------
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Run the next step; returns the requests that got a token or ended.
 
-    def _check_finite(self, logits: torch.Tensor, ids: list[int]) -> None:
-        if bool(torch.isfinite(logits).all()):
-            return
-        raise NumericsError(
-            f"The model computed values that are not finite; they began in {self._culprit(ids)}. "
+        An exception ends every request, with an error that says so, and leaves the engine ready
+        for new ones.
+        """
+        chunks = None
+        try:
+            news = self._end_aborted()
+            chunks = self.scheduler.plan()
+            if chunks:
+                news += self._run(chunks)
+            if self.scheduler.idle:
+                self.scheduler.check()
+        except BaseException as error:
+            self._fail(chunks, error)
+            raise
+        return news
+
+    def _run(self, chunks: list[Chunk]) -> list[Request]:
+        begin = time.perf_counter()
+        logits = self._runner.run(self.decoder, chunks)
+        # A sum is one pass, and a single Inf or NaN is enough to spoil it.
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+        requests = [self._alive[chunk.sequence] for chunk in chunks]
+        rows = [row for row, chunk in enumerate(chunks) if chunk.complete and finite[row]]
+        tokens = self._next_tokens(logits, requests, rows) if rows else []
+        self._clock(chunks, requests, time.perf_counter() - begin)
+        for row, token in zip(rows, tokens, strict=True):
+            self._receive(requests[row], token)
+        broken = [request for request, good in zip(requests, finite, strict=True) if not good]
+        for request in broken:
+            request.error = self._not_finite(request.sequence)
+            self._end(request, sound=False)
+        return [requests[row] for row in rows] + broken
+
+    def _next_tokens(
+        self, logits: torch.Tensor, requests: list[Request], rows: list[int]
+    ) -> list[Token]:
+        chosen = logits if len(rows) == len(logits) else logits[rows]
+        ids = self._sampler.choose(chosen, [requests[row].sampling for row in rows])
+        counts = [requests[row].params.logprobs for row in rows]
+        return [
+            Token(i, None if count is None else self._sampler.logprob(row, i, count))
+            for i, count, row in zip(ids, counts, chosen, strict=True)
+        ]
+
+    def _clock(self, chunks: list[Chunk], requests: list[Request], seconds: float) -> None:
+        self.counters.steps += 1
+        for request in requests:
+            request.clock(seconds)
+
+    def _receive(self, request: Request, token: Token) -> None:
+        timing, counters = request.timing, self.counters
+        if timing.new_tokens == 0:
+            timing.reused_tokens = request.sequence.reused
+            counters.prompt_tokens += timing.prompt_tokens
+            counters.reused_tokens += timing.reused_tokens
+        counters.new_tokens += 1
+        request.receive(token)
+        if request.done:
+            self._end(request)
+
+    def _end(self, request: Request, sound: bool = True) -> None:
+        del self._alive[request.sequence]
+        self.scheduler.remove(request.sequence, sound=sound)
+
+    def _end_aborted(self) -> list[Request]:
+        ended = []
+        while self._aborted:
+            request = self._aborted.popleft()
+            if request.sequence in self._alive:
+                ended.append(request)
+                self._end(request)
+            if not request.done:
+                request.finish_reason = "abort"
+        return ended
+
+    def _fail(self, chunks: list[Chunk] | None, error: BaseException) -> None:
+        """End everything after a step that did not come to its end."""
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        for request in self._alive.values():
+            request.error = UnavailableError(
+                f"A step of the engine was broken off ({reason}): send the request again."
+            )
+        self._alive.clear()
+        if chunks is None:  # in the middle of the bookkeeping
+            self.scheduler = self._new_scheduler()
+        else:
+            self.scheduler.clear(chunks)
+
+    # -- outside the batch -----------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """fp32 (tokens, vocab): the model's prediction after each token.
+
+        The whole sequence counts as the prompt; its length is not bounded by max_context.
+        """
+        ids = list(token_ids)
+        self.check_ids(ids)
+        alpha = self._alpha(ids)
+        logits = replay.logits(self.decoder, ids, self.kv_dtype, alpha, self.prefill_chunk)
+        if not bool(torch.isfinite(logits).all()):
+            raise self._not_finite(TokenSequence(ids, len(ids), alpha))
+        return logits
+
+    def _not_finite(self, sequence: TokenSequence) -> NumericsError:
+        """The guard against silent nonsense: runs the tokens again to name where it began."""
+        part = replay.first_nonfinite(
+            self.decoder, sequence.tokens, self.kv_dtype, sequence.alpha, self.prefill_chunk
+        )
+        return NumericsError(
+            "The model computed values that are not finite; they began in "
+            f"{part or 'a part that does not repeat it'}. "
             "Check the checkpoint (nybble info), or load it with dtype float32."
         )
 
-    def _culprit(self, ids: list[int]) -> str:
-        """Run the tokens again from the start, looking at every part's output."""
-        sequence = self._new_sequence(ids)
-        for begin in range(0, len(ids), self.prefill_chunk):
-            chunk = torch.tensor(ids[begin : begin + self.prefill_chunk], device=self.device)
-            step = self._step(sequence, len(chunk), len(ids))
-            for name, values in self.decoder.trace(chunk, step):
-                if not bool(torch.isfinite(values).all()):
-                    return name
-            sequence.ids.extend(ids[begin : begin + len(chunk)])
-        return "a part that does not repeat it"
 
+class Generation(Iterator[int]):
+    """The answer to one request: iterate it for tokens, which runs the engine's steps.
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+    finish_reason is set when it ends: "stop" (an end-of-turn or stop token, which is not part
+    of the output) or "length" (max_tokens or the context is used up); None while running or
+    when abandoned. Other requests of the engine advance in the same steps.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.prompt_ids = request.prompt_ids
+        self.params = request.params
+        self.timing = request.timing
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self._engine, self._request = engine, request
+        self._started = False
+
+    def start(self) -> None:
+        """Join the engine's queue now, not at the first token: to run with others at a time."""
+        if not self._started:
+            self._started = True
+            self._engine.add(self._request)
+
+    def __next__(self) -> int:
+        self.start()
+        request = self._request
+        while not request.news and not request.done:
+            self._engine.step()
+        token = request.news.popleft() if request.news else None
+        if token is None and request.error is not None:
+            raise request.error
+        if not request.news and request.finish_reason != "abort":
+            self.finish_reason = request.finish_reason
+        if token is None:
+            raise StopIteration
+        self.token_ids.append(token.id)
+        if token.logprob is not None:
+            self.logprobs.append(token.logprob)
+        return token.id
+
+    def close(self) -> None:
+        """Abandon the request: the next step gives its pages back."""
+        self._request.news.clear()
+        self._engine.abort(self._request)
+
+    def __del__(self) -> None:
+        # Only marks: this may run in the middle of a step.
+        self._engine.abort(self._request)

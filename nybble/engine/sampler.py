@@ -1,7 +1,13 @@
-"""Chooses the next token from one row of logits."""
+"""Chooses the next tokens from rows of logits, one row a request.
+
+A row's choice depends on that row, its request's settings and its seed alone: each operation
+works along the row, so the company a request is in never changes its answer.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +15,10 @@ import torch
 
 from nybble.sampling import SamplingParams
 
-# Top-p rarely needs more than this many candidates; when it does, all are sorted.
-_FIRST_CANDIDATES = 256
+# Top-p rarely needs more than this many candidates; when it does, it looks at more and more.
+_FIRST_CANDIDATES, _MORE_CANDIDATES = 256, 16
+# Smaller temperatures would overflow, and choose the best token all the same.
+_LEAST_TEMPERATURE = 1e-20
 
 
 @dataclass(frozen=True)
@@ -23,61 +31,41 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Sampler:
-    """The sampling state of one request: its penalties' counts and its random generator."""
+class SamplingState:
+    """What sampling remembers of one request: its random numbers, and counts for penalties.
+
+    The random numbers are drawn on the CPU, so that a seed means the same on every device.
+    """
 
     def __init__(
         self,
         params: SamplingParams,
-        prompt_ids: list[int],
+        prompt_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
-        unused_ids: Sequence[int] = (),
     ) -> None:
         self.params = params
-        self.vocab_size = vocab_size
-        self._unused = torch.tensor(unused_ids, device=device) if unused_ids else None
-        self.generator = torch.Generator(device)
+        self._generator = torch.Generator()
         if params.seed is None:
-            self.generator.seed()
+            self._generator.seed()
         else:
-            self.generator.manual_seed(params.seed)
-        self._penalised = (
+            self._generator.manual_seed(params.seed)
+        self.penalised = (
             params.repetition_penalty != 1
             or params.presence_penalty != 0
             or params.frequency_penalty != 0
         )
-        if self._penalised:
+        if self.penalised:
             self._counts = torch.zeros(vocab_size, device=device)
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            prompt = torch.tensor(prompt_ids, device=device)
+            prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
             self._seen[prompt[prompt < vocab_size]] = True
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """logits fp32 (padded vocab,) -> the token id; padding and unused ids never win."""
-        logits = self._real(logits)
-        if self._penalised:
-            logits = self._penalise(logits)
-        token = int(logits.argmax()) if self.params.greedy else self._draw(logits)
-        if self._penalised:
-            self._counts[token] += 1
-            self._seen[token] = True
-        return token
+    def random(self) -> float:
+        return float(torch.rand((), generator=self._generator))
 
-    def logprob(self, logits: torch.Tensor, token: int) -> TokenLogprob:
-        """The chosen token's log-probability and `params.logprobs` alternatives."""
-        logprobs = torch.log_softmax(self._real(logits), dim=-1)
-        count = min(self.params.logprobs or 0, self.vocab_size)
-        values, ids = logprobs.topk(count)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(token, float(logprobs[token]), top)
-
-    def _real(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of the real vocabulary: without padding, with its gaps out of reach."""
-        logits = logits[: self.vocab_size]
-        return logits if self._unused is None else logits.index_fill(0, self._unused, -torch.inf)
-
-    def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
+    def penalise(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (vocab,) -> the same with the request's penalties."""
         params, seen = self.params, self._seen
         repeated = torch.where(
             logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
@@ -86,40 +74,140 @@ class Sampler:
         logits = logits - params.frequency_penalty * self._counts
         return logits - params.presence_penalty * (self._counts > 0)
 
-    def _draw(self, logits: torch.Tensor) -> int:
-        # The shift keeps tiny temperatures finite.
-        logits = (logits - logits.max()) / self.params.temperature
-        weights, ids = candidates(logits, self.params)
-        where = torch.rand((), generator=self.generator, device=logits.device) * weights.sum()
-        index = int(torch.searchsorted(weights.cumsum(0), where, right=True))
-        return int(ids[min(index, len(ids) - 1)])
+    def count(self, token: int) -> None:
+        if self.penalised:
+            self._counts[token] += 1
+            self._seen[token] = True
 
 
-def candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens may be drawn: their probabilities (not normalised) and ids.
+class Sampler:
+    """Chooses among the ids of a vocabulary: neither its padding nor `unused_ids` ever win."""
+
+    def __init__(
+        self, vocab_size: int, device: torch.device, unused_ids: Sequence[int] = ()
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._unused = torch.tensor(unused_ids, device=device) if unused_ids else None
+
+    def state(self, params: SamplingParams, prompt_ids: Sequence[int]) -> SamplingState:
+        """The state of a new request."""
+        return SamplingState(params, prompt_ids, self.vocab_size, self.device)
+
+    def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
+        """logits fp32 (requests, padded vocab) -> the next token of each request."""
+        logits = self._penalised(self._real(logits), states)
+        best = logits.argmax(dim=-1)
+        drawn = [row for row, state in enumerate(states) if not state.params.greedy]
+        if drawn:
+            params = [states[row].params for row in drawn]
+            random = torch.tensor([states[row].random() for row in drawn], device=self.device)
+            rows = logits if len(drawn) == len(states) else logits[drawn]
+            best[drawn] = draw(rows, params, random)
+        tokens: list[int] = best.tolist()
+        for state, token in zip(states, tokens, strict=True):
+            state.count(token)
+        return tokens
+
+    def logprob(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
+        """logits fp32 (padded vocab,): the chosen token's log-probability and the best `count`."""
+        logprobs = torch.log_softmax(self._real(logits), dim=-1)
+        values, ids = logprobs.topk(min(count, self.vocab_size))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(token, float(logprobs[token]), top)
+
+    def _real(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the real vocabulary: without padding, with its gaps out of reach."""
+        logits = logits[..., : self.vocab_size]
+        return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
+
+    @staticmethod
+    def _penalised(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        if not any(state.penalised for state in states):
+            return logits
+        rows = zip(logits, states, strict=True)
+        return torch.stack([s.penalise(row) if s.penalised else row for row, s in rows])
+
+
+def draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], random: torch.Tensor
+) -> torch.Tensor:
+    """One token of each row at the row's temperature: logits (rows, vocab) -> ids (rows,).
+
+    random (rows,), uniform in [0, 1): where in the candidates' cumulated probability to look.
+    """
+    temperatures = [max(p.temperature, _LEAST_TEMPERATURE) for p in params]
+    probabilities = torch.softmax(logits / _column(temperatures, logits), dim=-1)
+    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for row, p in enumerate(params):
+        groups[_first_look(p, logits.shape[-1])].append(row)
+    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    for (size, _), rows in groups.items():
+        chosen = probabilities if len(rows) == len(params) else probabilities[rows]
+        tokens[rows] = _draw_alike(chosen, [params[row] for row in rows], random[rows], size)
+    return tokens
+
+
+def candidates(
+    probabilities: torch.Tensor, params: Sequence[SamplingParams], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens may be drawn: weights (rows, size), 0 for those that may not, and their ids.
 
     top-k, then top-p over what it left (Holtzman et al. 2020: the smallest set that reaches
-    p), then min-p. The best token always stays. Best first where top-k or top-p is on.
+    p), then min-p. The best token always stays. probabilities (rows, vocab) sum to 1; the best
+    `size` of them are looked at, which is top_k where that is on. Best first, but in the order
+    of their ids where neither top-k nor top-p is on.
     """
-    if params.top_k == 0 and params.top_p >= 1:
-        ids = torch.arange(len(logits), device=logits.device)
-        return _min_p(torch.softmax(logits, dim=-1), ids, params.min_p)
-    size = min(params.top_k or len(logits), len(logits))
-    total = torch.logsumexp(logits.topk(size).values if params.top_k else logits, dim=-1)
-    values, ids = logits.topk(size if params.top_p >= 1 else min(size, _FIRST_CANDIDATES))
-    if len(ids) < size and float((values - total).exp().sum()) < params.top_p:
-        values, ids = logits.topk(size)
-    probabilities = (values - total).exp()
-    before = probabilities.cumsum(0) - probabilities
-    keep = before < params.top_p
-    keep[0] = True
-    return _min_p(probabilities[keep], ids[keep], params.min_p)
+    if not any(p.top_k or p.top_p < 1 for p in params):
+        ids = torch.arange(size, device=probabilities.device).expand_as(probabilities)
+        return _min_p(probabilities, params), ids
+    weights, ids = probabilities.topk(size)
+    totals = weights.sum(dim=-1, keepdim=True)
+    limited = _column([float(p.top_k > 0) for p in params], weights) > 0
+    mass = _column([p.top_p if p.top_p < 1 else math.inf for p in params], weights) * torch.where(
+        limited, totals, 1.0
+    )
+    keep = weights.cumsum(dim=-1) - weights < mass
+    keep[:, 0] = True
+    return _min_p(weights * keep, params), ids
 
 
-def _min_p(
-    probabilities: torch.Tensor, ids: torch.Tensor, min_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if min_p == 0:
-        return probabilities, ids
-    keep = probabilities >= min_p * probabilities.max()
-    return probabilities[keep], ids[keep]
+def _first_look(params: SamplingParams, vocab: int) -> tuple[int, str]:
+    """How many candidates to begin with, and why: rows that agree are drawn together."""
+    if params.top_k:
+        return min(params.top_k, vocab), "top_k"
+    if params.top_p < 1:
+        return min(_FIRST_CANDIDATES, vocab), "top_p"
+    return vocab, "all"
+
+
+def _draw_alike(
+    probabilities: torch.Tensor, params: Sequence[SamplingParams], random: torch.Tensor, size: int
+) -> torch.Tensor:
+    """One token of each row (rows,), all from equally many candidates."""
+    weights, ids = candidates(probabilities, params, size)
+    cumulated = weights.cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    # Below the total, so that what is found there has a weight.
+    where = torch.minimum(random[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    tokens = ids.gather(-1, torch.searchsorted(cumulated, where, right=True)).squeeze(-1)
+    vocab = probabilities.shape[-1]
+    if size < vocab and not params[0].top_k:
+        # Where even the last candidate stays, there are more: a flat distribution.
+        flat = weights[:, -1].nonzero().flatten().tolist()
+        if flat:
+            more = min(size * _MORE_CANDIDATES, vocab)
+            others = [params[row] for row in flat]
+            tokens[flat] = _draw_alike(probabilities[flat], others, random[flat], more)
+    return tokens
+
+
+def _min_p(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    if not any(p.min_p for p in params):
+        return weights
+    least = _column([p.min_p for p in params], weights) * weights.amax(dim=-1, keepdim=True)
+    return torch.where(weights >= least, weights, 0.0)
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

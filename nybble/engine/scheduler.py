@@ -8,8 +8,9 @@ gives its own back and computes them again later. Never touches a tensor.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nybble.cache.pages import PagePool, page_key
@@ -21,14 +22,14 @@ class TokenSequence:
     """The tokens of one request and where their keys and values stand.
 
     tokens: prompt and answer so far; the engine appends. limit: the most it can ever have.
-    salt: what decides keys and values beside the tokens. Of `tokens`, the first `computed`
-    stand in `pages`, which this sequence owns (one reference each) while it runs. `reused`
-    counts the tokens it found there instead of computing them.
+    alpha: how dynamic NTK stretches its positions, which decides keys beside the tokens. Of
+    `tokens`, the first `computed` stand in `pages`, which this sequence owns (one reference
+    each) while it runs. `reused` counts those it found there instead of computing them.
     """
 
     tokens: list[int]
     limit: int
-    salt: bytes = b""
+    alpha: float = 1.0
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0
@@ -43,7 +44,7 @@ class TokenSequence:
         """The name of page `index`, all of whose tokens are known."""
         while len(self._keys) <= index:
             begin = len(self._keys) * page_size
-            parent = self._keys[-1] if self._keys else self.salt
+            parent = self._keys[-1] if self._keys else struct.pack("d", self.alpha)
             self._keys.append(page_key(parent, self.tokens[begin : begin + page_size]))
         return self._keys[index]
 
@@ -130,14 +131,22 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step; empty only when idle.
 
-        Its tokens count as computed from now on: run it, or remove every running sequence as
-        unsound. In a step, keys and values of all chunks are stored before any is read; so a
-        chunk may rest on a page that another chunk of the same step fills.
+        Its tokens count as computed from now on: run it, or `clear`. In a step, keys and values
+        of all chunks are stored before any is read; so a chunk may rest on a page that another
+        chunk of the same step fills.
         """
         chunks = list(self._decode())
         self._admit()
         chunks += self._prefill(self.step_tokens - len(chunks))
         return chunks
+
+    def clear(self, failed: Sequence[Chunk] = ()) -> None:
+        """End every sequence; what the chunks of a step that failed would have stored is void."""
+        for chunk in failed:
+            self.pool.forget(chunk.sequence.pages[chunk.begin // self.pool.page_size :])
+        self.waiting.clear()
+        while self.running:
+            self._give_back(self.running.pop())
 
     def check(self) -> None:
         """RuntimeError unless each page is accounted for, and waiting sequences hold none."""

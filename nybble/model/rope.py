@@ -7,6 +7,7 @@ as its original code computes them (docs/long-context.md); Llama 3.1's frequency
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Positions:
-    """Per-position factors of one sequence, position 0 first.
+    """Per-position factors: of the positions of one sequence, or of the tokens of a step.
 
     cos, sin: fp32 (positions, head_dim / 2). query_scale: fp32 (positions, 1, 1), LogN, or None.
     """
@@ -74,6 +75,21 @@ class Positions:
     def slice(self, start: int, stop: int) -> Positions:
         scale = None if self.query_scale is None else self.query_scale[start:stop]
         return Positions(self.cos[start:stop], self.sin[start:stop], scale)
+
+    def take(self, rows: torch.Tensor) -> Positions:
+        """The factors of rows (tokens,), in that order."""
+        scale = None if self.query_scale is None else self.query_scale[rows]
+        return Positions(self.cos[rows], self.sin[rows], scale)
+
+    @staticmethod
+    def joined(parts: Sequence[Positions]) -> Positions:
+        """One after the other; either all have a query_scale or none has."""
+        scales = [part.query_scale for part in parts if part.query_scale is not None]
+        return Positions(
+            torch.cat([part.cos for part in parts]),
+            torch.cat([part.sin for part in parts]),
+            torch.cat(scales) if scales else None,
+        )
 
 
 def make_positions(

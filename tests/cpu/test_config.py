@@ -148,7 +148,14 @@ def test_the_message_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": "int3"}, {"max_context": 0}, {"threads": -1}, {"kv_dtype": "fp8"}]
+    "options",
+    [
+        {"dtype": "int3"},
+        {"max_context": 0},
+        {"threads": -1},
+        {"kv_dtype": "fp8"},
+        {"max_running": 0},
+    ],
 )
 def test_engine_settings_are_checked(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -60,6 +60,18 @@ def test_free_pages_are_taken_before_cached_ones():
     assert pool.acquire(b"a") == page
 
 
+def test_beyond_the_warm_pages_content_is_given_up_before_memory_is_touched():
+    pool = PagePool(4, 32, warm=2)
+    pages = pool.allocate(2)
+    pool.publish(pages[0], b"a")
+    pool.release(pages)
+    assert pool.available == 4
+    assert pool.allocate(3) == [1, 0, 2]
+    assert pool.acquire(b"a") is None
+    assert (pool.used, pool.free) == (3, 1)
+    pool.check([0, 1, 2])
+
+
 def test_a_twin_stays_private():
     pool = PagePool(2, 32)
     first, twin = pool.allocate(2)
@@ -146,7 +158,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = PagePool(6, 32)
+        self.pool = PagePool(6, 32, warm=3)
         self.held: list[list[int]] = []
         self.content: dict[int, bytes | None] = {}
 

@@ -77,23 +77,30 @@ def test_unused_ids_are_never_sampled(make_engine, data, engine):
     assert ids[0] not in run(masked)[0]
 
 
-def test_a_shared_prefix_is_reused_and_changes_nothing(make_engine, data, engine):
-    first, _ = run(engine)
-    longer = [*PROMPT, *first, 7]
+def test_full_pages_of_a_shared_prefix_are_reused_and_change_nothing(make_engine, data):
+    engine = make_engine(data / "qwen1-plain", max_context=400)
+    prompt = [(11 * i) % 150 for i in range(130)]
+    first, cold = run(engine, prompt)
+    assert cold.timing.reused_tokens == 0
+    longer = [*prompt, *first, 7]
     warm, generation = run(engine, longer)
-    assert generation.timing.reused_tokens >= len(PROMPT)
-    assert warm == run(make_engine(data / "qwen1-plain"), longer)[0]
-    again, repeated = run(engine, longer)
-    assert again == warm
-    assert repeated.timing.reused_tokens == len(longer) - 1
+    assert generation.timing.reused_tokens == 128
+    fresh = make_engine(data / "qwen1-plain", max_context=400)
+    assert warm == run(fresh, longer)[0]
+    again, repeated = run(engine, prompt[:128])  # the last token always runs
+    assert repeated.timing.reused_tokens == 64
+    assert again == run(fresh, prompt[:128])[0]
 
 
 def test_no_reuse_across_ntk_bases(make_engine, data):
-    engine = make_engine(data / "qwen1-ntk-logn")
-    run(engine, list(range(20)))
-    ids, generation = run(engine, list(range(40)))
+    engine = make_engine(data / "qwen1-ntk-logn", max_context=400)
+    fresh = make_engine(data / "qwen1-ntk-logn", max_context=400)
+    run(engine, list(range(100)))
+    ids, generation = run(engine, list(range(130)))
     assert generation.timing.reused_tokens == 0
-    assert ids == run(make_engine(data / "qwen1-ntk-logn"), list(range(40)))[0]
+    assert ids == run(fresh, list(range(130)))[0]
+    run(engine, list(range(65, 145)))
+    assert run(engine, list(range(65, 145)))[1].timing.reused_tokens == 64
 
 
 def test_two_requests_may_be_interleaved(engine):

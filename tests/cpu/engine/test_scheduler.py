@@ -15,7 +15,7 @@ SIZE = 4
 
 
 class Machine:
-    """Runs plans on a cache whose slots hold what a key depends on: salt and all tokens so far.
+    """Runs plans on a cache whose slots hold what a key depends on: alpha and all tokens so far.
 
     Next tokens follow from the tokens before them, so any mix-up of pages shows in the answer.
     """
@@ -29,8 +29,8 @@ class Machine:
         self.finished = []
         self.computed = 0
 
-    def add(self, tokens, new=3, salt=b""):
-        sequence = TokenSequence(list(tokens), len(tokens) + new, salt)
+    def add(self, tokens, new=3, alpha=1.0):
+        sequence = TokenSequence(list(tokens), len(tokens) + new, alpha)
         self.scheduler.add(sequence)
         return sequence
 
@@ -72,7 +72,7 @@ class Machine:
 
 
 def content(sequence, position):
-    return sequence.salt, tuple(sequence.tokens[: position + 1])
+    return sequence.alpha, tuple(sequence.tokens[: position + 1])
 
 
 def next_token(tokens):
@@ -248,11 +248,11 @@ def test_an_answer_can_be_reused_too_but_its_last_token_runs():
     assert again.tokens == answer(range(6), 3)
 
 
-def test_no_reuse_across_salts_or_when_switched_off():
+def test_no_reuse_across_alphas_or_when_switched_off():
     machine = Machine()
-    machine.add(range(10), salt=b"1")
+    machine.add(range(10), alpha=3.0)
     machine.drain()
-    other = machine.add(range(10), salt=b"2")
+    other = machine.add(range(10), alpha=7.0)
     machine.drain()
     assert other.reused == 0
     off = Machine(share_prefixes=False)
@@ -294,6 +294,22 @@ def test_unsound_pages_are_not_reused():
     assert again.reused == 0
 
 
+def test_a_step_that_failed_leaves_only_what_was_computed_before_it():
+    machine = Machine(pages=32)
+    machine.add(range(12), new=9)
+    machine.step()
+    failed = machine.scheduler.plan()
+    waiting = machine.add(range(3))
+    machine.scheduler.clear(failed)
+    assert machine.scheduler.idle
+    assert waiting.pages == []
+    machine.scheduler.check()
+    again = machine.add(range(12), new=9)
+    machine.drain()
+    assert again.reused == 8
+    assert again.tokens == answer(range(12), 9)
+
+
 def test_check_notices_a_page_that_nobody_owns():
     machine = Machine()
     sequence = machine.add(range(10))
@@ -320,13 +336,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive = []
         self.expected = {}
 
-    @rule(prompt=PROMPTS, new=st.integers(1, 12), salt=st.sampled_from([b"", b"2"]))
-    def arrive(self, prompt, new, salt):
+    @rule(prompt=PROMPTS, new=st.integers(1, 12), alpha=st.sampled_from([1.0, 3.0]))
+    def arrive(self, prompt, new, alpha):
         if len(prompt) + new > self.machine.pool.num_pages * SIZE:
             with pytest.raises(CapacityError):
-                self.machine.add(prompt, new, salt)
+                self.machine.add(prompt, new, alpha)
             return
-        sequence = self.machine.add(prompt, new, salt)
+        sequence = self.machine.add(prompt, new, alpha)
         self.alive.append(sequence)
         self.expected[sequence] = answer(prompt, new)
 

@@ -1,0 +1,91 @@
+"""Runs what the scheduler planned: plain data -> tensors -> one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nybble.cache.store import KVStore
+from nybble.config import ModelConfig
+from nybble.engine.scheduler import Chunk
+from nybble.kernels.backend import Batch
+from nybble.model.decoder import Decoder, Step
+from nybble.model.rope import Positions, make_positions
+
+_LEAST_PAGES = 8
+_LEAST_POSITIONS = 512
+
+
+class Runner:
+    """Owns the tensors behind a pool of `num_pages` pages, and the position factors.
+
+    The store grows with the highest page in use, so that memory follows need.
+    """
+
+    def __init__(self, decoder: Decoder, kind: str, num_pages: int, page_size: int) -> None:
+        self.device = decoder.embed_tokens.device
+        self.num_pages = num_pages
+        self._positions = PositionTable(decoder.config, self.device)
+        self._store = KVStore(decoder.config, kind, 0, self.device, page_size)
+
+    def run(self, decoder: Decoder, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """fp32 logits (chunks, vocab): after the last token of each chunk."""
+        self._reserve(max(max(chunk.sequence.pages) for chunk in chunks) + 1)
+        positions = self._positions.rows(chunks)
+        step = Step(positions, self._batch(chunks), self._store.layers)
+        ids = [token for chunk in chunks for token in chunk.tokens]
+        return decoder.forward(torch.tensor(ids, device=self.device), step)
+
+    def _reserve(self, pages: int) -> None:
+        held = self._store.num_pages
+        if pages > held:
+            self._store = self._store.grown(min(self.num_pages, max(pages, 2 * held, _LEAST_PAGES)))
+
+    def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+        size = self._store.page_size
+        starts, lengths = [0], [chunk.end for chunk in chunks]
+        for chunk in chunks:
+            starts.append(starts[-1] + len(chunk))
+        most = -(-max(lengths) // size)
+        tables = (chunk.sequence.pages[:most] for chunk in chunks)
+        return Batch(
+            slots=self._integers([slot for chunk in chunks for slot in chunk.slots(size)]),
+            pages=self._integers([table + [0] * (most - len(table)) for table in tables]),
+            starts=self._integers(starts),
+            lengths=self._integers(lengths),
+            max_query=max(map(len, chunks)),
+            max_length=max(lengths),
+        )
+
+    def _integers(self, values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+class PositionTable:
+    """The factors of every position met so far, one stretch of rows for each NTK alpha."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._length = 0
+        self._first_rows: dict[float, int] = {}
+        self._table = make_positions(config, 1.0, 0, device)
+
+    def rows(self, chunks: Sequence[Chunk]) -> Positions:
+        """The factors of all tokens of the chunks, row by row."""
+        alphas = {chunk.sequence.alpha for chunk in chunks}
+        length = max(chunk.end for chunk in chunks)
+        if length > self._length or not alphas <= self._first_rows.keys():
+            self._build([*self._first_rows, *sorted(alphas - self._first_rows.keys())], length)
+        rows: list[int] = []
+        for chunk in chunks:
+            first = self._first_rows[chunk.sequence.alpha]
+            rows.extend(range(first + chunk.begin, first + chunk.end))
+        return self._table.take(torch.tensor(rows, device=self._device))
+
+    def _build(self, alphas: list[float], length: int) -> None:
+        if length > self._length:
+            self._length = max(length, 2 * self._length, _LEAST_POSITIONS)
+        self._first_rows = {alpha: i * self._length for i, alpha in enumerate(alphas)}
+        parts = (make_positions(self._config, a, self._length, self._device) for a in alphas)
+        self._table = Positions.joined(list(parts))
