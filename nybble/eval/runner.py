@@ -18,7 +18,6 @@ from typing import Any
 from nybble.errors import ConfigError
 from nybble.eval.answerers import Answerer
 from nybble.eval.task import Item, Prompt, Row, Summary, Task
-from nybble.eval.tasks.ceval import CEval, submission
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, total)."""
@@ -103,8 +102,8 @@ def _key(job: tuple[Item, int]) -> Key:
 
 
 def _finish(task: Task, folder: RunFolder, rows: Sequence[Row]) -> Summary:
-    if isinstance(task, CEval) and task.split == "test":
-        _write_whole(folder.path / "ceval-submission.json", submission(rows))
+    for name, content in task.files(rows).items():
+        _write_whole(folder.path / name, content)
     summary = task.aggregate(rows)
     folder.summarise(task.name, summary)
     return summary

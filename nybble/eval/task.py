@@ -145,6 +145,10 @@ class Task(ABC):
         scores = [row.score for row in rows]
         return Summary(percent(scores), len(rows), mean_interval(scores))
 
+    def files(self, rows: Sequence[Row]) -> Mapping[str, str]:
+        """What else a finished run leaves behind: file name -> content."""
+        return {}
+
     def judge(self, item: Item, output: str, prompt: str = "", sample: int = 0) -> Row:
         answer = self.extract(item, output)
         score = self.score(item, answer)

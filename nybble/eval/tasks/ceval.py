@@ -92,10 +92,12 @@ class CEval(Exam):
         score = sum(subjects.values()) / len(subjects) if subjects else 0.0
         return Summary(score, len(rows), interval, parts)
 
-
-def submission(rows: Sequence[Row]) -> str:
-    """The file that the benchmark's site takes: {subject: {"0": "A", ...}}."""
-    answers: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in rows:
-        answers[row.subject][row.id.rsplit("/", 1)[-1]] = row.answer or ""
-    return json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
+    def files(self, rows: Sequence[Row]) -> Mapping[str, str]:
+        """Of the test set the file that the benchmark's site takes: {subject: {"0": "A", ...}}."""
+        if self.split != "test":
+            return {}
+        answers: dict[str, dict[str, str]] = defaultdict(dict)
+        for row in rows:
+            answers[row.subject][row.id.rsplit("/", 1)[-1]] = row.answer or ""
+        content = json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
+        return {"ceval-submission.json": content}

@@ -40,6 +40,7 @@ _BASE_END = re.compile(r"\n\n|def ")
 class HumanEval(Task):
     def load(self) -> list[Item]:
         rows = data.read_jsonl(self._path(), _FIELDS)
+        _ = self._sandbox  # where it must refuse, before any answer is generated
         return [
             Item(
                 row["task_id"],

