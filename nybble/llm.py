@@ -14,6 +14,7 @@ from nybble.config import EngineConfig, JsonReader, ModelConfig, token_ids
 from nybble.engine.engine import Engine
 from nybble.errors import ConfigError, RequestError
 from nybble.kernels import select_backend
+from nybble.memory import finest_cache
 from nybble.model import read_model_config
 from nybble.model.loader import load_decoder
 from nybble.model.names import NAMES
@@ -36,6 +37,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What prefill, decode graphs and the libraries take beside weights and cache.
+_GPU_WORKSPACE = 2 << 30
 # What the first generation's own software keeps of a history, where its file does not say.
 _MAX_WINDOW = 6144
 
@@ -96,10 +99,7 @@ class LLM:
         )
         logger.info("Running on %s", self.backend.name)
         decoder = load_decoder(checkpoint, self.config, self.backend, dtype, loading)
-        kv_dtype = options.kv_dtype
-        if kv_dtype == "auto":
-            kv_dtype = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
-            kv_dtype = "float32" if exact else kv_dtype
+        max_context = options.max_context or self.config.max_context
         tokenizer = self.tokenizer
         return Engine(
             decoder,
@@ -108,8 +108,8 @@ class LLM:
             else self.config.vocab_size,
             unused_ids=sorted(tokenizer.unused_ids) if tokenizer else (),
             eos_ids=self._eos_ids(),
-            max_context=options.max_context or self.config.max_context,
-            kv_dtype=kv_dtype,
+            max_context=max_context,
+            kv_dtype=self._kv_kind(options, max_context),
             prefill_chunk=options.prefill_chunk,
             max_running=options.max_running,
             cache_tokens=options.cache_tokens,
@@ -119,6 +119,17 @@ class LLM:
         """The 16-bit type that the model was made in: that of its norms."""
         stored = checkpoint.info(NAMES[self.config.family].norm + ".weight").dtype
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
+
+    def _kv_kind(self, options: EngineConfig, max_context: int) -> str:
+        """The cache's kind; auto takes the finest that fits, on a GPU beside the weights."""
+        stored = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
+        if options.dtype == "float32":
+            stored = "float32"
+        kinds = (stored, "int8", "int4") if options.kv_dtype == "auto" else (options.kv_dtype,)
+        if self.backend.device.type != "cuda":
+            return kinds[0]
+        free = torch.cuda.mem_get_info(self.backend.device)[0] - _GPU_WORKSPACE
+        return finest_cache(self.config, kinds, max_context, free)
 
     def _eos_ids(self) -> frozenset[int]:
         ids = frozenset(self.config.eos_token_ids) | self._defaults.eos_token_ids

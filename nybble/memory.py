@@ -6,12 +6,13 @@ Pure arithmetic on the configuration and the headers of the checkpoint: no weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nybble.cache.sizes import bytes_per_token
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig
+from nybble.errors import CapacityError
 
 KV_KINDS = {"fp16": "float16", "int8": "int8", "int4": "int4"}
 """The forms of KV cache that are reported, and their kind."""
@@ -68,6 +69,26 @@ def fitting_context(config: ModelConfig, kind: str, free_bytes: float) -> int:
     """Tokens whose keys and values fit in `free_bytes`, at most what the model advertises."""
     tokens = math.floor(max(free_bytes, 0) / kv_bytes_per_token(config, kind))
     return min(tokens, config.max_context)
+
+
+def finest_cache(
+    config: ModelConfig, kinds: Sequence[str], max_context: int, free_bytes: float
+) -> str:
+    """The first of `kinds` whose cache holds a full context in `free_bytes`.
+
+    Raises CapacityError, with what would fit, where none does.
+    """
+    for kind in kinds:
+        if max_context * bytes_per_token(config, kind) <= free_bytes:
+            return kind
+    last = kinds[-1]
+    needed = max_context * bytes_per_token(config, last)
+    fits = max(math.floor(free_bytes / bytes_per_token(config, last)), 0)
+    smaller = "" if last == "int4" else "--kv-dtype int4 or "
+    raise CapacityError(
+        f"The {last} cache of {max_context:,} tokens needs {needed / 1e9:.1f} GB beside the "
+        f"weights, {max(free_bytes, 0) / 1e9:.1f} GB are free: use {smaller}--max-context {fits}."
+    )
 
 
 def _kind(config: ModelConfig, name: str, info: TensorInfo) -> str:

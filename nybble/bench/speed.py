@@ -12,7 +12,7 @@ from nybble.bench.shapes import random_decoder, shape
 from nybble.cache.sizes import bytes_per_token
 from nybble.cache.store import PAGE_SIZE, KVStore
 from nybble.config import ModelConfig
-from nybble.engine.decode_graph import DecodeGraph
+from nybble.engine.decode_graph import DecodeGraph, bucket
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels import select_backend
 from nybble.kernels.backend import Batch
@@ -187,7 +187,7 @@ class _Session:
         self._feed(0, 0, min(self.plan.context, _CHUNK))
         for length in self._buckets():
             self._graphs[length] = DecodeGraph(
-                self.decoder, self.store, self.positions, self.plan.batch, length
+                self.decoder, self.store, self.positions, self.plan.batch, length, scratch_page=0
             )
         torch.cuda.synchronize()
 
@@ -210,9 +210,9 @@ class _Session:
         begin = time.perf_counter()
         graph: DecodeGraph | None = None
         for _ in range(steps):
-            bucket = self._bucket(length + 1)
-            if graph is not self._graphs[bucket]:
-                graph = self._graphs[bucket]
+            longest = bucket(length + 1, _SHORTEST_BUCKET)
+            if graph is not self._graphs[longest]:
+                graph = self._graphs[longest]
                 width = min(self.pages.shape[1], graph.pages.shape[1])
                 graph.load(ids, lengths, self.pages[:, :width])
             graph.replay()
@@ -240,15 +240,11 @@ class _Session:
         step = Step(self.positions.slice(start, stop), batch, self.store.layers)
         return self.decoder.forward(self.ids[sequence, start:stop], step)
 
-    def _bucket(self, length: int) -> int:
-        bucket = _SHORTEST_BUCKET
-        while bucket < length:
-            bucket *= 2
-        return bucket
-
     def _buckets(self) -> Sequence[int]:
         lengths = range(self.plan.context + 1, self.total)
-        return sorted({self._bucket(length) for length in (*lengths[::512], lengths[-1])})
+        return sorted(
+            {bucket(length, _SHORTEST_BUCKET) for length in (*lengths[::512], lengths[-1])}
+        )
 
 
 def matmul_ceiling(device: torch.device) -> float:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nybble.cache.store import KVStore
+from nybble.engine.scheduler import Chunk
 from nybble.kernels.backend import Batch
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import Positions
+
+# Kernels share out their work by the longest context a graph may see: one graph a doubling
+# keeps that close. Batches are padded to a power of two.
+_SHORTEST = 1024
 
 
 class DecodeGraph:
     """Greedy decoding of `sequences` sequences, one token each a replay.
 
-    positions: the factors of every position up to the context's end. max_length bounds the keys
-    while this graph is used: kernels share out their work by it. Whoever samples otherwise than
-    greedily reads `logits` and writes `ids` before the next replay.
+    positions: factors by row; a sequence's position p has row first_rows + p. max_length bounds
+    the keys while this graph is used. scratch_page: a page of the store that nobody owns, for
+    the writes of rows without a sequence. Whoever samples otherwise than greedily reads
+    `logits` and loads other ids before the next replay.
 
-    Buffers on the device, set by `load`: ids (sequences,), the token to feed next; lengths
-    int32 (sequences,), the keys that are cached; pages int32 (sequences, most pages).
+    Buffers on the device, set by `load`: ids int64 (sequences,), the tokens to feed next; int32
+    lengths, the keys that are cached, and first_rows (sequences,); pages (sequences, most pages).
     """
 
     def __init__(
@@ -28,6 +36,7 @@ class DecodeGraph:
         positions: Positions,
         sequences: int,
         max_length: int,
+        scratch_page: int,
     ) -> None:
         device = decoder.embed_tokens.device
         pages = -(-max_length // store.page_size)
@@ -35,33 +44,42 @@ class DecodeGraph:
         self.max_length = max_length
         self.ids = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
-        self.pages = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
+        self.first_rows = torch.zeros(sequences, dtype=torch.int32, device=device)
+        self.pages = torch.full((sequences, pages), scratch_page, dtype=torch.int32, device=device)
         self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self.logits = self._captured()
 
-    def load(self, ids: torch.Tensor, lengths: torch.Tensor, pages: torch.Tensor) -> None:
-        """Set which sequences run next: shapes as the buffers, `pages` possibly narrower."""
-        self.ids.copy_(ids)
-        self.lengths.copy_(lengths)
-        self.pages[:, : pages.shape[1]].copy_(pages)
+    def load(
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        pages: torch.Tensor,
+        first_rows: torch.Tensor | None = None,
+    ) -> None:
+        """Set which sequences run next, the first rows of the buffers; `pages` may be narrower."""
+        count = len(ids)
+        self.ids[:count].copy_(ids)
+        self.lengths[:count].copy_(lengths)
+        self.pages[:count, : pages.shape[1]].copy_(pages)
+        if first_rows is not None:
+            self.first_rows[:count].copy_(first_rows)
 
     def replay(self) -> None:
         """Feed `ids`, put the best next ones in their place; returns before it is done."""
         self._graph.replay()
 
     def _captured(self) -> torch.Tensor:
-        """Warm up (kernels compile, libraries allocate), then capture; page 0 takes the writes."""
+        """Warm up (kernels compile, libraries allocate), then capture."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
+        self.lengths.zero_()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            logits = self._step()
-        self.lengths.zero_()
-        return logits
+            return self._step()
 
     @torch.inference_mode()
     def _step(self) -> torch.Tensor:
@@ -75,17 +93,59 @@ class DecodeGraph:
             max_query=1,
             max_length=self.max_length,
         )
-        logits = self.decoder.forward(
-            self.ids, Step(self._positions_at(at), batch, self.store.layers)
-        )
+        positions = self.positions.take(at + self.first_rows)
+        logits = self.decoder.forward(self.ids, Step(positions, batch, self.store.layers))
         self.ids.copy_(logits.argmax(-1))
         self.lengths.add_(1)
         return logits
 
-    def _positions_at(self, at: torch.Tensor) -> Positions:
-        scale = self.positions.query_scale
-        return Positions(
-            self.positions.cos[at],
-            self.positions.sin[at],
-            None if scale is None else scale[at],
+
+class DecodeGraphs:
+    """The graphs of one engine, captured when first needed: by batch size and longest context."""
+
+    def __init__(self, decoder: Decoder, store: KVStore, scratch_page: int) -> None:
+        self.decoder, self.store, self.scratch_page = decoder, store, scratch_page
+        self._positions: Positions | None = None
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+
+    def run(
+        self, chunks: Sequence[Chunk], positions: Positions, first_rows: Sequence[int]
+    ) -> torch.Tensor:
+        """fp32 logits (chunks, vocab) after the one token of each chunk."""
+        if positions is not self._positions:  # the table moved: what was captured points nowhere
+            self._graphs.clear()
+            self._positions = positions
+        length = max(chunk.end for chunk in chunks)
+        graph = self._graph(positions, bucket(len(chunks), 1), bucket(length, _SHORTEST))
+        width, device = -(-length // self.store.page_size), self.decoder.embed_tokens.device
+        idle = len(graph.ids) - len(chunks)
+        tables = [chunk.sequence.pages[:width] for chunk in chunks]
+        unowned = [self.scratch_page] * width
+        pages = [table + unowned[len(table) :] for table in tables] + [unowned] * idle
+
+        def integers(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        graph.load(
+            integers([chunk.tokens[0] for chunk in chunks] + [0] * idle, torch.int64),
+            integers([chunk.begin for chunk in chunks] + [0] * idle),
+            integers(pages),
+            integers([*first_rows, *[0] * idle]),
         )
+        graph.replay()
+        return graph.logits[: len(chunks)]
+
+    def _graph(self, positions: Positions, sequences: int, length: int) -> DecodeGraph:
+        key = (sequences, length)
+        if key not in self._graphs:
+            self._graphs[key] = DecodeGraph(
+                self.decoder, self.store, positions, sequences, length, self.scratch_page
+            )
+        return self._graphs[key]
+
+
+def bucket(number: int, least: int) -> int:
+    """The smallest doubling of `least` that holds `number`."""
+    while least < number:
+        least *= 2
+    return least

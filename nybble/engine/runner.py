@@ -8,6 +8,7 @@ import torch
 
 from nybble.cache.store import KVStore
 from nybble.config import ModelConfig
+from nybble.engine.decode_graph import DecodeGraphs
 from nybble.engine.scheduler import Chunk
 from nybble.kernels.backend import Batch
 from nybble.model.decoder import Decoder, Step
@@ -20,20 +21,29 @@ _LEAST_POSITIONS = 512
 class Runner:
     """Owns the tensors behind a pool of `num_pages` pages, and the position factors.
 
-    The store grows with the highest page in use, so that memory follows need.
+    On the CPU the store grows with the highest page in use, so that memory follows need. On a
+    GPU it is whole from the start, with one page more for the padding of decode graphs: what a
+    graph has captured must not move.
     """
 
     def __init__(self, decoder: Decoder, kind: str, num_pages: int, page_size: int) -> None:
         self.device = decoder.embed_tokens.device
         self.num_pages = num_pages
         self._positions = PositionTable(decoder.config, self.device)
-        self._store = KVStore(decoder.config, kind, 0, self.device, page_size)
+        # The reference kernels read device values on the host, which no graph can capture.
+        captured = self.device.type == "cuda" and decoder.backend.name != "ref"
+        first = num_pages + 1 if captured else 0
+        self._store = KVStore(decoder.config, kind, first, self.device, page_size)
+        self._graphs = DecodeGraphs(decoder, self._store, num_pages) if captured else None
 
     def run(self, decoder: Decoder, chunks: Sequence[Chunk]) -> torch.Tensor:
         """fp32 logits (chunks, vocab): after the last token of each chunk."""
+        self._positions.cover(chunks)
+        if self._graphs is not None and all(len(chunk) == 1 for chunk in chunks):
+            first_rows = [self._positions.first_row(chunk) for chunk in chunks]
+            return self._graphs.run(chunks, self._positions.table, first_rows)
         self._reserve(max(max(chunk.sequence.pages) for chunk in chunks) + 1)
-        positions = self._positions.rows(chunks)
-        step = Step(positions, self._batch(chunks), self._store.layers)
+        step = Step(self._positions.rows(chunks), self._batch(chunks), self._store.layers)
         ids = [token for chunk in chunks for token in chunk.tokens]
         return decoder.forward(torch.tensor(ids, device=self.device), step)
 
@@ -69,23 +79,30 @@ class PositionTable:
         self._config, self._device = config, device
         self._length = 0
         self._first_rows: dict[float, int] = {}
-        self._table = make_positions(config, 1.0, 0, device)
+        self.table = make_positions(config, 1.0, 0, device)
+
+    def first_row(self, chunk: Chunk) -> int:
+        """The row of `table` that position 0 of the chunk's sequence has."""
+        return self._first_rows[chunk.sequence.alpha]
 
     def rows(self, chunks: Sequence[Chunk]) -> Positions:
         """The factors of all tokens of the chunks, row by row."""
+        rows: list[int] = []
+        for chunk in chunks:
+            first = self.first_row(chunk)
+            rows.extend(range(first + chunk.begin, first + chunk.end))
+        return self.table.take(torch.tensor(rows, device=self._device))
+
+    def cover(self, chunks: Sequence[Chunk]) -> None:
+        """Make sure that `table` has every position of the chunks; it may become another one."""
         alphas = {chunk.sequence.alpha for chunk in chunks}
         length = max(chunk.end for chunk in chunks)
         if length > self._length or not alphas <= self._first_rows.keys():
             self._build([*self._first_rows, *sorted(alphas - self._first_rows.keys())], length)
-        rows: list[int] = []
-        for chunk in chunks:
-            first = self._first_rows[chunk.sequence.alpha]
-            rows.extend(range(first + chunk.begin, first + chunk.end))
-        return self._table.take(torch.tensor(rows, device=self._device))
 
     def _build(self, alphas: list[float], length: int) -> None:
         if length > self._length:
             self._length = max(length, 2 * self._length, _LEAST_POSITIONS)
         self._first_rows = {alpha: i * self._length for i, alpha in enumerate(alphas)}
         parts = (make_positions(self._config, a, self._length, self._device) for a in alphas)
-        self._table = Positions.joined(list(parts))
+        self.table = Positions.joined(list(parts))

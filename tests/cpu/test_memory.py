@@ -11,7 +11,8 @@ import torch
 
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig, QuantConfig, RopeConfig
-from nybble.memory import fitting_context, kv_bytes_per_token, weigh
+from nybble.errors import CapacityError
+from nybble.memory import finest_cache, fitting_context, kv_bytes_per_token, weigh
 
 QWEN_72B = ModelConfig(
     family="qwen",
@@ -125,3 +126,17 @@ def test_a_tied_head_that_is_stored_too_counts_once() -> None:
     assert weights.parameters == 152064 * 8192
     assert weights.memory == 2 * 152064 * 8192
     assert weights.disk["other"] == 256
+
+
+@pytest.mark.parametrize(
+    ("free", "kind"), [(90e9, "float16"), (50e9, "int8"), (43e9, "int4"), (24.2e9, "int4")]
+)
+def test_the_finest_cache_that_holds_the_context(free: float, kind: str) -> None:
+    assert finest_cache(QWEN_72B, ("float16", "int8", "int4"), 32768, free) == kind
+
+
+def test_a_cache_that_does_not_fit_says_what_would() -> None:
+    with pytest.raises(CapacityError, match="85.9 GB.* 40.0 GB.*int4 or --max-context 15258"):
+        finest_cache(QWEN_72B, ("float16",), 32768, 40e9)
+    with pytest.raises(CapacityError, match="--max-context 13563"):
+        finest_cache(QWEN_72B, ("float16", "int4"), 32768, 10e9)
