@@ -136,7 +136,7 @@ def test_the_finest_cache_that_holds_the_context(free: float, kind: str) -> None
 
 
 def test_a_cache_that_does_not_fit_says_what_would() -> None:
-    with pytest.raises(CapacityError, match="85.9 GB.* 40.0 GB.*int4 or --max-context 15258"):
+    with pytest.raises(CapacityError, match=r"85\.9 GB.* 40\.0 GB.*int4 or --max-context 15258"):
         finest_cache(QWEN_72B, ("float16",), 32768, 40e9)
     with pytest.raises(CapacityError, match="--max-context 13563"):
         finest_cache(QWEN_72B, ("float16", "int4"), 32768, 10e9)
