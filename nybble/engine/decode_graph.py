@@ -49,6 +49,7 @@ class DecodeGraph:
         self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self.logits = self._captured()
 
+    @torch.inference_mode()
     def load(
         self,
         ids: torch.Tensor,
@@ -103,8 +104,15 @@ class DecodeGraph:
 class DecodeGraphs:
     """The graphs of one engine, captured when first needed: by batch size and longest context."""
 
-    def __init__(self, decoder: Decoder, store: KVStore, scratch_page: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: KVStore,
+        scratch_page: int,
+        graph_type: type[DecodeGraph] = DecodeGraph,
+    ) -> None:
         self.decoder, self.store, self.scratch_page = decoder, store, scratch_page
+        self._graph_type = graph_type
         self._positions: Positions | None = None
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
 
@@ -138,7 +146,7 @@ class DecodeGraphs:
     def _graph(self, positions: Positions, sequences: int, length: int) -> DecodeGraph:
         key = (sequences, length)
         if key not in self._graphs:
-            self._graphs[key] = DecodeGraph(
+            self._graphs[key] = self._graph_type(
                 self.decoder, self.store, positions, sequences, length, self.scratch_page
             )
         return self._graphs[key]
