@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 import toy
+
 from nybble.cache.store import KVStore
 from nybble.engine.decode_graph import DecodeGraph, DecodeGraphs, bucket
 from nybble.sampling import SamplingParams
