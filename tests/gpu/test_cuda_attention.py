@@ -18,6 +18,8 @@ from nybble.kernels.cuda.attention import PagedAttention, split_count
 from nybble.kernels.cuda.backend import CudaBackend
 
 KINDS = ["float16", "bfloat16", "int8", "int4"]
+# Whether prompts take the kernel of compute capability 9.0, where there is a choice.
+HOPPER = [False, True] if torch.cuda.get_device_capability() == (9, 0) else [False]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -46,17 +48,19 @@ def compare(
     head_dim: int = 128,
     kind: str = "float16",
     dtype: torch.dtype = torch.float16,
-    page_size: int = 64,
-    bound: int = 0,
+    hopper: bool | None = None,
+    **options: int,
 ) -> None:
-    batch = make_batch(new, lengths, page_size=page_size, bound=bound)
+    """options: those of make_batch."""
+    batch = make_batch(new, lengths, **options)
+    page_size = options.get("page_size", 64)
     layer = empty_layer(kind, pages_of(lengths, page_size), heads[1], head_dim, page_size=page_size)
     fill(layer, batch, lengths)
     q = torch.randn(sum(new), heads[0], head_dim, device="cuda").to(dtype)
     scale = head_dim**-0.5
     want = RefBackend("cuda", torch.float32).attention(q.float(), layer, batch, scale)
     poison(sum(new), heads[0] * head_dim, dtype=dtype)
-    got = CudaBackend("cuda", dtype).attention(q, layer, batch, scale)
+    got = PagedAttention(q.device, dtype, hopper=hopper)(q, layer, batch, scale)
     limit = TOLERANCE[torch.bfloat16 if kind == "bfloat16" else dtype]
     assert relative_error(got, want) < limit
     rows = (got - want).double().norm(dim=1) / want.double().norm(dim=1)
@@ -93,11 +97,12 @@ def test_decode_below_its_bound(kind):
         compare([1] * len(lengths), lengths, kind=kind, bound=32768)
 
 
+@pytest.mark.parametrize("hopper", HOPPER)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
-def test_prefill(heads, head_dim, kind, dtype):
+def test_prefill(heads, head_dim, kind, dtype, hopper):
     for new, lengths in (
         ([2], [2]),
         ([127], [127]),
@@ -113,19 +118,22 @@ def test_prefill(heads, head_dim, kind, dtype):
             head_dim=head_dim,
             kind=kind,
             dtype=dtype,
+            hopper=hopper,
         )
 
 
+@pytest.mark.parametrize("hopper", HOPPER)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page_size", [32, 64, 128])
-def test_mixed_batches(page_size, kind):
+def test_mixed_batches(page_size, kind, hopper):
     new, lengths = [1, 130, 1, 17, 1], [400, 130, 1, 90, 65]
-    compare(new, lengths, heads=(6, 2), kind=kind, page_size=page_size)
+    compare(new, lengths, heads=(6, 2), kind=kind, page_size=page_size, hopper=hopper)
 
 
-def test_a_long_prompt():
-    compare([4096], [4096], heads=(2, 2))
-    compare([1000], [20000], heads=(2, 1), kind="int4")
+@pytest.mark.parametrize("hopper", HOPPER)
+def test_a_long_prompt(hopper):
+    compare([4096], [4096], heads=(2, 2), hopper=hopper)
+    compare([1000], [20000], heads=(2, 1), kind="int4", hopper=hopper)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,6 +84,25 @@ __device__ __forceinline__ u32 high_bytes(u32 word) {  // bytes 2 and 3
     return subtract_halves(__byte_perm(word, 0x64646464u, 0x4342), 0x64806480u);
 }
 
+// Eight codes in a row to eight halves, their scale or (step, low) applied.
+__device__ __forceinline__ uint4 widen(const u8* codes, const u8* scale) {
+    if constexpr (KV == 8) {
+        const u32 step = *reinterpret_cast<const u16*>(scale) * 0x10001u;
+        const uint2 v = *reinterpret_cast<const uint2*>(codes);
+        const u32 x = unsigned_bytes(v.x), y = unsigned_bytes(v.y);
+        return {multiply_halves(low_bytes(x), step), multiply_halves(high_bytes(x), step),
+                multiply_halves(low_bytes(y), step), multiply_halves(high_bytes(y), step)};
+    } else {
+        const u32 affine = *reinterpret_cast<const u32*>(scale);
+        const u32 step = __byte_perm(affine, 0, 0x1010), low = __byte_perm(affine, 0, 0x3232);
+        const u32 word = *reinterpret_cast<const u32*>(codes);
+        return {fma_halves(nibble_pair(word, 0), step, low),
+                fma_halves(nibble_pair(word, 1), step, low),
+                fma_halves(nibble_pair(word, 2), step, low),
+                fma_halves(nibble_pair(word, 3), step, low)};
+    }
+}
+
 // ---- tensor cores --------------------------------------------------------------------------
 
 struct Fragment { u32 reg[4]; };

@@ -96,7 +96,7 @@ class DecodePlan:
 DECODE_PLANS = {
     "float16": DecodePlan(tile=16, min_blocks=2),
     "bfloat16": DecodePlan(tile=16, min_blocks=2),
-    "int8": DecodePlan(tile=16),
+    "int8": DecodePlan(tile=32, stages=2, min_blocks=2),
     "int4": DecodePlan(tile=32),
 }
 
@@ -108,6 +108,24 @@ def row_bytes(kind: str, head_dim: int) -> int:
 
 def _scale_bytes(kind: str, head_dim: int) -> int:
     return {"int8": 2, "int4": 4 * (head_dim // _KEY_GROUP)}.get(kind, 0)
+
+
+def _code_bytes(kind: str, head_dim: int) -> int:
+    """Of a tile of keys and values as they stand in the cache, where they have to be widened."""
+    scales = _scale_bytes(kind, head_dim)
+    return 2 * _KEYS * (row_bytes(kind, head_dim) + scales) if scales else 0
+
+
+def _prefill_bytes(kind: str, head_dim: int) -> int:
+    """Shared memory of attention_prefill.cu."""
+    codes = _code_bytes(kind, head_dim)
+    buffers = 1 if codes else 2
+    return (_QUERIES + 2 * buffers * _KEYS) * (head_dim * 2 + 16) + codes
+
+
+def _hopper_bytes(kind: str, head_dim: int) -> int:
+    """Shared memory of attention_hopper.cu: three stages, and two tiles of codes."""
+    return 3 * 2 * _KEYS * head_dim * 2 + 2 * _code_bytes(kind, head_dim)
 
 
 @cache
@@ -140,6 +158,7 @@ class PagedAttention:
         *,
         plans: dict[str, DecodePlan] | None = None,
         dependent: bool | None = None,
+        hopper: bool | None = None,
     ) -> None:
         properties = torch.cuda.get_device_properties(device)
         self.device, self.dtype = device, dtype
@@ -147,6 +166,7 @@ class PagedAttention:
         self._multiprocessors = properties.multi_processor_count
         self._shared = properties.shared_memory_per_multiprocessor
         self._dependent = properties.major >= 9 if dependent is None else dependent
+        self._hopper = properties.major == 9 if hopper is None else hopper
         self._finished = torch.zeros(_UNITS, dtype=torch.int32, device=device)
 
     def rope_store(
@@ -225,20 +245,18 @@ class PagedAttention:
     ) -> None:
         _, heads, head_dim = q.shape
         query_tiles = -(-batch.max_query // _QUERIES)
-        stride = head_dim * 2 + 16
-        if layer.key_scales is None:
-            shared_bytes = (_QUERIES + 4 * _KEYS) * stride
-        else:
-            codes = (
-                2 * _KEYS * (row_bytes(layer.kind, head_dim) + _scale_bytes(layer.kind, head_dim))
-            )
-            shared_bytes = (_QUERIES + 2 * _KEYS) * stride + codes
         arguments = _PrefillArguments(
             _cache_of(layer, batch), *_pointers(q, out), heads, query_tiles, scale * _LOG2_E
         )
-        run = self._kernel("attention_prefill", layer, {}, shared_bytes)
+        if self._hopper and head_dim == 128:  # the source says why
+            name, threads = "attention_hopper", 384
+            shared_bytes = _hopper_bytes(layer.kind, head_dim)
+        else:
+            name, threads = "attention_prefill", 128
+            shared_bytes = _prefill_bytes(layer.kind, head_dim)
+        run = self._kernel(name, layer, {}, shared_bytes)
         blocks = query_tiles * heads * len(batch.lengths)
-        run.launch((blocks, 1), 128, arguments, dependent=self._dependent)
+        run.launch((blocks, 1), threads, arguments, dependent=self._dependent)
 
     def _check(self, q: torch.Tensor, layer: KVLayer) -> None:
         if q.shape[-1] not in HEAD_DIMS:
