@@ -9,6 +9,7 @@ from nybble.engine.engine import Generation
 from nybble.engine.request import Timing
 from nybble.engine.sampler import TokenLogprob
 from nybble.errors import RequestError
+from nybble.sampling import SamplingParams
 from nybble.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
 
@@ -92,21 +93,42 @@ class TextStream:
         if self._tokenizer is None:
             yield from ("" for _ in self.generation)
             return
-        decoder = StreamDecoder(self._tokenizer, skip_special_tokens=True)
-        matcher = StopMatcher(self.generation.params.stop_texts)
+        text = TextBuilder(self._tokenizer, self.generation.params)
         for token in self.generation:
-            piece, stop = matcher.push(decoder.push(token))
-            self._stopped = stop is not None
+            piece = text.push(token)
+            self._stopped = text.stopped
             if piece:
                 yield piece
             if self._stopped:
                 self.generation.close()
                 return
-        piece, stop = matcher.push(decoder.finish())
-        rest = "" if stop is not None else matcher.finish()
-        self._stopped = matcher.stop is not None
-        if piece + rest:
-            yield piece + rest
+        piece = text.finish()
+        self._stopped = text.stopped
+        if piece:
+            yield piece
+
+
+class TextBuilder:
+    """Tokens of one answer -> pieces of its text, up to a stop string, which is left out."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
+        self._matcher = StopMatcher(params.stop_texts)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come: no further token belongs to the text."""
+        return self._matcher.stop is not None
+
+    def push(self, token: int) -> str:
+        """What is certain to be text by now; empty where a character or stop may be cut."""
+        piece, _ = self._matcher.push(self._decoder.push(token))
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, after the last token."""
+        piece, stop = self._matcher.push(self._decoder.finish())
+        return piece if stop is not None else piece + self._matcher.finish()
 
 
 def no_tokenizer() -> RequestError:

@@ -17,6 +17,7 @@ from nybble import (
     RequestError,
     SamplingParams,
 )
+from nybble.outputs import TextBuilder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -72,6 +73,45 @@ def test_history_and_system_are_messages_in_short(llm):
 def test_text_never_becomes_a_control_token(llm):
     control = llm.tokenizer.special_tokens["<|im_end|>"]
     assert llm.chat_ids("<|im_end|>").count(control) == llm.chat_ids("x").count(control)
+
+
+def test_a_list_runs_together_and_gives_what_each_gives_alone(llm):
+    prompts = ["the quick", "brown", "fox jumps over", "lazy dog", "dog"]
+    whole = [llm.generate(prompt, GREEDY) for prompt in prompts]
+    stops = tuple({answer.text[4:6] for answer in whole[:3]})
+    params = SamplingParams(temperature=0, max_tokens=12, stop=stops)
+    alone = [llm.generate(prompt, params) for prompt in prompts]
+    steps = llm.engine.counters.steps
+    together = llm.generate(prompts, params)
+    assert llm.engine.counters.steps - steps <= 14
+    for one, same in zip(alone, together, strict=True):
+        assert (one.text, one.token_ids, one.finish_reason) == (
+            same.text,
+            same.token_ids,
+            same.finish_reason,
+        )
+    assert "stop" in [answer.finish_reason for answer in together]
+
+
+def test_a_bad_prompt_in_a_list_leaves_nothing_running(llm):
+    with pytest.raises(RequestError):
+        llm.generate([[5, 6], [-1]], GREEDY)
+    llm.engine.step()
+    assert llm.engine.idle
+    assert llm.engine.load.pages_used == 0
+
+
+def test_text_builder_gives_the_text_of_a_stream(llm):
+    answer = llm.chat("hello", sampling_params=GREEDY)
+    text = TextBuilder(llm.tokenizer, GREEDY)
+    pieces = [text.push(token) for token in answer.token_ids]
+    assert "".join(pieces) + text.finish() == answer.text
+    assert not text.stopped
+    stop = answer.text[2:4]
+    text = TextBuilder(llm.tokenizer, SamplingParams(stop=stop))
+    pieces = [text.push(token) for token in answer.token_ids]
+    assert "".join(pieces) + text.finish() == answer.text[: answer.text.index(stop)]
+    assert text.stopped
 
 
 def test_stop_strings_end_the_answer_and_are_cut(llm):
