@@ -25,7 +25,12 @@ def test_the_demo_knows_the_capital_of_france() -> None:
 
 
 def test_a_chat_through_a_pipe_remembers_what_was_said() -> None:
-    messages = "What is the capital of France?\nAnd of Italy?\n/history\n"
+    # Long enough to fill a page of the cache, which the second prompt then finds.
+    question = (
+        "I am planning a long journey through Europe by train, and before I leave I would like to "
+        "know a few facts about the countries on my way. What is the capital of France?"
+    )
+    messages = f"{question}\nAnd of Italy?\n/history\n"
     done = nybble("chat", "--temperature", "0", "--max-tokens", "40", stdin=messages)
     assert done.returncode == 0
     assert "Paris" in done.stdout.splitlines()[0]
