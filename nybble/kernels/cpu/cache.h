@@ -44,13 +44,9 @@ INLINE f32x16 load_cached(const void *p, long i, int kind) {
     if (kind == KIND_I4) { /* byte j holds elements 2j and 2j + 1 */
         uint64_t pairs;
         memcpy(&pairs, (const uint8_t *)p + (i >> 1), sizeof pairs);
-        i8x16 codes = (i8x16)(u64x2){pairs, pairs >> 4} & 15;
-#if defined(__clang__)
-        codes = __builtin_shufflevector(codes, codes, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-        codes = __builtin_shuffle(codes, (i8x16){0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15});
-#endif
-        return to_f32(widen_i8(codes));
+        const i8x16 codes = (i8x16)(u64x2){pairs, pairs >> 4} & 15;
+        return to_f32(widen_i8(
+            SHUFFLE_BYTES(codes, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)));
     }
     return load_kind(p, i, kind);
 }

@@ -72,7 +72,7 @@ static void store_int8(const float *x, long dim, int8_t *codes, uint16_t *scale)
     const float step = round_half(max_lanes(top) / 127.0f + poison(x, dim), scale);
     for (long i = 0; i < dim; i += LANES) {
         const i32x16 c = round_to_codes(load_f32(x + i), step, -127, 127);
-        const i8x16 bytes = __builtin_convertvector(c, i8x16);
+        const i8x16 bytes = narrow_i32(c);
         memcpy(codes + i, &bytes, sizeof bytes);
     }
 }
@@ -89,7 +89,10 @@ static void store_int4(const float *x, long dim, uint8_t *codes, uint16_t *scale
     const float low = round_half(least, scales + 1);
     for (long i = 0; i < dim; i += LANES) {
         const i32x16 c = round_to_codes(load_f32(x + i) - splat(low), step, 0, 15);
-        for (int j = 0; j < 8; j++) codes[i / 2 + j] = (uint8_t)(c[2 * j] | c[2 * j + 1] << 4);
+        const u64x2 bytes = (u64x2)narrow_i32(c); /* in each byte pair the low code, the high one */
+        const i8x16 pairs = (i8x16)(bytes | bytes >> 4);
+        const i8x16 even = SHUFFLE_BYTES(pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+        memcpy(codes + i / 2, &even, 8);
     }
 }
 

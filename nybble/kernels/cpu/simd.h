@@ -56,7 +56,13 @@ INLINE void store_f32(float *p, f32x16 v) { memcpy(p, &v, sizeof v); }
 
 INLINE f32x16 to_f32(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
-/* Bytes to 32 bits: GCC 12 takes the long way round by itself. */
+#if defined(__clang__)
+#define SHUFFLE_BYTES(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE_BYTES(v, ...) __builtin_shuffle(v, (i8x16){__VA_ARGS__})
+#endif
+
+/* Bytes to 32 bits and back: GCC 12 takes the long way round by itself. */
 INLINE i32x16 widen_i8(i8x16 v) {
 #if defined(NYBBLE_X86) && defined(__AVX512F__)
     return (i32x16)_mm512_cvtepi8_epi32((__m128i)v);
@@ -68,6 +74,14 @@ INLINE i32x16 widen_i8(i8x16 v) {
     return all;
 #else
     return __builtin_convertvector(v, i32x16);
+#endif
+}
+
+INLINE i8x16 narrow_i32(i32x16 v) {
+#if defined(NYBBLE_X86) && defined(__AVX512F__)
+    return (i8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector(v, i8x16);
 #endif
 }
 
