@@ -20,7 +20,7 @@ LAYERS = [
     {"resolve"},
     {"llm"},
     {"compat", "measure"},
-    {"bench", "eval"},
+    {"bench", "eval", "serve"},
     {"cli"},
     {"__main__"},
 ]

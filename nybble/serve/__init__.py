@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: routes, streams, metrics and the chat page."""
