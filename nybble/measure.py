@@ -44,14 +44,17 @@ class Perplexity:
 class Comparison:
     """A quantised model beside its base, on the same windows.
 
-    KL divergence is that of quant's predictions from base's, sum p (log p - log q), in nats a
-    token; top1_agreement the share of tokens where both think the same one likeliest.
-    layer_errors: from the quantiser's report, the mean relative error of each layer's linears.
+    ratio: quant's perplexity over base's; ratio_error is its standard error over the windows,
+    which are paired, None for a single one. KL divergence is that of quant's predictions from
+    base's, sum p (log p - log q), in nats a token; top1_agreement the share of tokens where both
+    think the same one likeliest. layer_errors: from the quantiser's report, the mean relative
+    error of each layer's linears.
     """
 
     base: Perplexity
     quant: Perplexity
     ratio: float
+    ratio_error: float | None
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -86,17 +89,27 @@ def compare(
             "The two models read this text as different tokens: compare a model with "
             "its own quantised form."
         )
+    return compare_windows(base, quant, windows, progress)
+
+
+def compare_windows(
+    base: LLM, quant: LLM, windows: Sequence[Sequence[int]], progress: Progress | None = None
+) -> Comparison:
+    """Both models on the same windows of ids, of equal length."""
     rows = []
     for done, ids in enumerate(windows, start=1):
         rows.append(_distances(base.logits(ids), quant.logits(ids), ids))
         if progress is not None:
             progress(done, len(windows))
     base_loss, quant_loss, kl, agree = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    window = len(windows[0])
     first, second = _perplexity(base_loss, window), _perplexity(quant_loss, window)
+    ratio = second.perplexity / first.perplexity
     return Comparison(
         base=first,
         quant=second,
-        ratio=second.perplexity / first.perplexity,
+        ratio=ratio,
+        ratio_error=_ratio_error(ratio, quant_loss - base_loss, len(windows)),
         kl_mean=float(kl.mean()),
         kl_p99=float(torch.quantile(kl[: 2**24], 0.99)),
         top1_agreement=float(agree.double().mean()),
@@ -132,6 +145,14 @@ def layer_errors(folder: Path) -> tuple[float, ...]:
 
 def _perplexity(losses: torch.Tensor, window: int) -> Perplexity:
     return Perplexity(math.exp(float(losses.double().mean())), losses.numel(), window)
+
+
+def _ratio_error(ratio: float, differences: torch.Tensor, windows: int) -> float | None:
+    """The standard error of a ratio exp(mean difference), from the spread between windows."""
+    if windows < 2:
+        return None
+    means = differences.double().view(windows, -1).mean(1)
+    return ratio * float(means.std()) / math.sqrt(windows)
 
 
 def _losses(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

@@ -65,7 +65,7 @@ def _page(found: Comparison, base: str, quant: str) -> str:
             ("", "base", "quantised"),
             ("Model", base, quant),
             ("Perplexity", f"{found.base.perplexity:.4f}", f"{found.quant.perplexity:.4f}"),
-            ("Ratio", "1", f"{found.ratio:.4f}"),
+            ("Ratio", "1", _ratio(found)),
             ("Mean KL divergence", "0", f"{found.kl_mean:.5f}"),
             ("99th percentile", "0", f"{found.kl_p99:.4f}"),
             ("Same likeliest token", "100 %", f"{found.top1_agreement:.2%}"),
@@ -73,6 +73,11 @@ def _page(found: Comparison, base: str, quant: str) -> str:
             ("Tokens", f"{found.base.tokens:,}", f"{found.quant.tokens:,}"),
         ]
     )
+
+
+def _ratio(found: Comparison) -> str:
+    error = "" if found.ratio_error is None else f" ± {found.ratio_error:.4f}"
+    return f"{found.ratio:.4f}{error}"
 
 
 def _require_matplotlib() -> None:

@@ -64,8 +64,11 @@ def test_a_comparison_is_what_the_documentation_says(llama, load, tmp_path, wind
     found = compare(base, quant, TEXT, window=50)
     p, p_losses = reference(base, 50)
     q, q_losses = reference(quant, 50)
+    by_window = (q_losses - p_losses).reshape(3, 49).mean(1)
     kl = (np.exp(p) * (p - q)).sum(-1)
     assert found.ratio == pytest.approx(np.exp(q_losses.mean() - p_losses.mean()), rel=1e-5)
+    spread = found.ratio * by_window.std(ddof=1) / np.sqrt(3)
+    assert found.ratio_error == pytest.approx(spread, rel=1e-3)
     assert found.kl_mean == pytest.approx(kl.mean(), rel=1e-4)
     assert found.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
     assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
@@ -77,7 +80,12 @@ def test_a_comparison_is_what_the_documentation_says(llama, load, tmp_path, wind
 def test_a_model_does_not_differ_from_itself(llama, load):
     found = compare(load(llama), load(llama), TEXT, window=50)
     assert (found.ratio, found.kl_mean, found.top1_agreement) == (1, 0, 1)
+    assert found.ratio_error == 0
     assert found.layer_errors == ()
+
+
+def test_one_window_has_no_spread(llama, load):
+    assert compare(load(llama), load(llama), TEXT, window=1000).ratio_error is None
 
 
 def test_a_text_shorter_than_a_window_is_one_window(llama, load):
