@@ -13,6 +13,7 @@ from nybble.cache.pages import PagePool
 from nybble.cache.sizes import bytes_per_token
 from nybble.cache.store import PAGE_SIZE
 from nybble.engine import replay
+from nybble.engine.constraint import Constraint
 from nybble.engine.request import Request, Timing, Token
 from nybble.engine.runner import Runner
 from nybble.engine.sampler import Sampler, TokenLogprob
@@ -100,17 +101,34 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------
 
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> Generation:
         """Check the request now, run it while the returned Generation is iterated.
 
         Raises RequestError or CapacityError at once, NumericsError while running.
         """
-        return Generation(self, self.request(prompt_ids, params))
+        return Generation(self, self.request(prompt_ids, params, constraint))
 
-    def request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """A checked request, which begins with `add`; RequestError or CapacityError."""
+    def request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """A checked request, which begins with `add`; RequestError or CapacityError.
+
+        constraint: what the answer may become; a fresh one, which this request alone uses.
+        """
         ids = list(prompt_ids)
         self.check_ids(ids)
+        if constraint is not None and params.ignore_eos:
+            raise RequestError(
+                "An answer in a required form ends where the form does: leave ignore_eos out."
+            )
         if len(ids) >= self.max_context:
             raise CapacityError(
                 f"The prompt has {len(ids)} tokens and the context {self.max_context}: shorten "
@@ -122,7 +140,7 @@ class Engine:
             prompt_ids=ids,
             params=params,
             sequence=TokenSequence(list(ids), limit, self._alpha(ids)),
-            sampling=self._sampler.state(params, ids),
+            sampling=self._sampler.state(params, ids, constraint),
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self.eos_ids),
             timing=Timing(prompt_tokens=len(ids)),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
+from nybble.engine.constraint import Constraint
 from nybble.engine.engine import Engine
 from nybble.engine.request import Request, Timing, Token
 from nybble.engine.sampler import TokenLogprob
@@ -75,7 +76,12 @@ class AsyncEngine:
         """Requests that run or wait."""
         return len(self._streams)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGeneration:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> AsyncGeneration:
         """Queue a request. Raises what Engine.request does, BusyError or UnavailableError."""
         if self._refusal is not None:
             raise UnavailableError(self._refusal)
@@ -83,7 +89,7 @@ class AsyncEngine:
             raise BusyError(
                 f"{len(self._streams)} requests are waiting or running: try again in a moment."
             )
-        request = self.engine.request(prompt_ids, params)
+        request = self.engine.request(prompt_ids, params, constraint)
         stream = self._streams[request] = AsyncGeneration(self.engine, request)
         self._empty.clear()
         self._inbox.put(request)
@@ -197,12 +203,11 @@ class AsyncGeneration(AsyncIterator[int]):
             self.logprobs.append(token.logprob)
         return token.id
 
-    def close(self) -> None:
-        """Abandon the request: the next step gives its pages back."""
+    def close(self, error: NybbleError | None = None) -> None:
+        """Abandon the request: the next step gives its pages back. error: what its reader gets."""
         self._engine.abort(self._request)
         self._tokens.clear()
-        if not self._ended:
-            self._finish(None, None)
+        self._finish(None, error)
 
     def _receive(self, tokens: list[Token]) -> None:
         if not self._ended:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nybble.engine.sampler import SamplingState, TokenLogprob
 from nybble.engine.scheduler import TokenSequence
-from nybble.errors import NybbleError
+from nybble.errors import NybbleError, RequestError
 from nybble.sampling import SamplingParams
 
 
@@ -72,6 +72,13 @@ class Request:
     def receive(self, token: Token) -> None:
         """Take the next token: it ends the answer or is its next one."""
         self.timing.new_tokens += 1
+        constraint = self.sampling.constraint
+        if constraint is not None and not constraint.accept(token.id):
+            self.error = RequestError(
+                "No token of this model continues the answer in the required form: loosen the "
+                "schema, or ask without one."
+            )
+            return
         if token.id in self.stop_ids:
             self.finish_reason = "stop"
             return

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.engine.constraint import Constraint, allowed_tokens
 from nybble.sampling import SamplingParams
 
 # Top-p rarely needs more than this many candidates; when it does, it looks at more and more.
@@ -32,7 +33,7 @@ class TokenLogprob:
 
 
 class SamplingState:
-    """What sampling remembers of one request: its random numbers, and counts for penalties.
+    """What sampling remembers of one request: random numbers, counts for penalties, constraint.
 
     The random numbers are drawn on the CPU, so that a seed means the same on every device.
     """
@@ -43,8 +44,10 @@ class SamplingState:
         prompt_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
+        constraint: Constraint | None = None,
     ) -> None:
         self.params = params
+        self.constraint = constraint
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -90,13 +93,18 @@ class Sampler:
         self.device = device
         self._unused = torch.tensor(unused_ids, device=device) if unused_ids else None
 
-    def state(self, params: SamplingParams, prompt_ids: Sequence[int]) -> SamplingState:
+    def state(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        constraint: Constraint | None = None,
+    ) -> SamplingState:
         """The state of a new request."""
-        return SamplingState(params, prompt_ids, self.vocab_size, self.device)
+        return SamplingState(params, prompt_ids, self.vocab_size, self.device, constraint)
 
     def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         """logits fp32 (requests, padded vocab) -> the next token of each request."""
-        logits = self._penalised(self._real(logits), states)
+        logits = self._constrained(self._penalised(self._real(logits), states), states)
         best = logits.argmax(dim=-1)
         drawn = [row for row, state in enumerate(states) if not state.params.greedy]
         if drawn:
@@ -120,6 +128,16 @@ class Sampler:
         """The logits of the real vocabulary: without padding, with its gaps out of reach."""
         logits = logits[..., : self.vocab_size]
         return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
+
+    def _constrained(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        """The logits with what a row's constraint rules out put out of reach."""
+        rows = [row for row, state in enumerate(states) if state.constraint is not None]
+        if not rows:
+            return logits
+        constraints = [s.constraint for s in states if s.constraint is not None]
+        allowed = torch.ones_like(logits, dtype=torch.bool)
+        allowed[rows] = allowed_tokens(constraints, self.vocab_size, self.device)
+        return logits.masked_fill(~allowed, -torch.inf)
 
     @staticmethod
     def _penalised(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
