@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli import console
+from nybble.cli.batch import Files
 from nybble.cli.bench import commands as bench
 from nybble.cli.errors import CommandGroup, report_bug
 from nybble.cli.evaluate import commands as evaluate
@@ -97,13 +98,19 @@ def generate(
         bool, typer.Option("--quiet", "-q", help="Print the text and errors only.")
     ] = False,
     *,
+    files: Files,
     sampling: Sampling,
     running: Running,
 ) -> None:
-    """Continue a text as it is, without any chat format."""
-    from nybble.cli.generate import Output, run
+    """Continue a text as it is, without any chat format; or answer a file of prompts."""
+    from nybble.cli import batch, generate
 
-    run(model, prompt, sampling, running, Output(ids, as_json, quiet))
+    if files.given:
+        source, target = files.checked(alone=prompt == "-" and not ids and not as_json)
+        batch.run(model, source, target, sampling, running, quiet)
+    else:
+        output = generate.Output(ids, as_json, quiet)
+        generate.run(model, prompt, sampling, running, output)
 
 
 @app.command()

@@ -19,7 +19,7 @@ LAYERS = [
     {"demo", "outputs", "memory"},
     {"resolve"},
     {"llm"},
-    {"compat", "measure"},
+    {"compat", "measure", "batch"},
     {"bench", "eval", "serve"},
     {"cli"},
     {"__main__"},
