@@ -14,7 +14,14 @@ class CheckpointError(NybbleError):
 
 
 class RequestError(NybbleError, ValueError):
-    """One request cannot run: bad sampling values, an empty prompt, text where ids are needed."""
+    """One request cannot run: bad sampling values, an empty prompt, text where ids are needed.
+
+    param: the setting that is to blame, where it is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class CapacityError(NybbleError):

@@ -50,8 +50,8 @@ class LLM:
     "modelscope:" from ModelScope). device: "auto", "cpu", "cuda". dtype: "auto" takes the
     fastest kernels; "float32" computes everything exactly as the reference does. max_context
     bounds prompt and answer together; None takes what the model advertises. max_running: how
-    many requests run at a time; cache_tokens: how many tokens the cache holds for all of them,
-    None: a full context, or 2 GiB if that is more.
+    many requests run at a time, in steps of at most prefill_chunk tokens; cache_tokens: how many
+    tokens the cache holds for all of them, None: a full context, or 2 GiB if that is more.
     """
 
     def __init__(  # noqa: PLR0913, all settings stand here once
@@ -63,6 +63,7 @@ class LLM:
         kv_dtype: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
+        prefill_chunk: int = 512,
         max_running: int = 64,
         cache_tokens: int | None = None,
         progress: Progress | None = None,
@@ -72,6 +73,7 @@ class LLM:
             dtype,
             kv_dtype,
             max_context,
+            prefill_chunk,
             threads=threads,
             max_running=max_running,
             cache_tokens=cache_tokens,

@@ -109,11 +109,16 @@ class TextStream:
 
 
 class TextBuilder:
-    """Tokens of one answer -> pieces of its text, up to a stop string, which is left out."""
+    """Tokens of one answer -> pieces of its text, up to a stop string, which is left out.
+
+    decoded: characters that the tokens so far have spelled; given: those that were passed on.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._matcher = StopMatcher(params.stop_texts)
+        self.decoded = 0
+        self.given = 0
 
     @property
     def stopped(self) -> bool:
@@ -122,13 +127,21 @@ class TextBuilder:
 
     def push(self, token: int) -> str:
         """What is certain to be text by now; empty where a character or stop may be cut."""
-        piece, _ = self._matcher.push(self._decoder.push(token))
-        return piece
+        piece, _ = self._matcher.push(self._decode(self._decoder.push(token)))
+        return self._give(piece)
 
     def finish(self) -> str:
         """What was held back, after the last token."""
-        piece, stop = self._matcher.push(self._decoder.finish())
-        return piece if stop is not None else piece + self._matcher.finish()
+        piece, stop = self._matcher.push(self._decode(self._decoder.finish()))
+        return self._give(piece if stop is not None else piece + self._matcher.finish())
+
+    def _decode(self, text: str) -> str:
+        self.decoded += len(text)
+        return text
+
+    def _give(self, text: str) -> str:
+        self.given += len(text)
+        return text
 
 
 def no_tokenizer() -> RequestError:

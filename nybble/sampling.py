@@ -39,9 +39,11 @@ class SamplingParams:
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         if self.repetition_penalty == 0:
-            raise RequestError("repetition_penalty must be above 0; 1 switches it off.")
+            raise RequestError(
+                "repetition_penalty must be above 0; 1 switches it off.", "repetition_penalty"
+            )
         if not all(isinstance(text, str) and text for text in stop):
-            raise RequestError("stop must be text or a list of non-empty texts.")
+            raise RequestError("stop must be text or a list of non-empty texts.", "stop")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0)
         _check_int("top_k", self.top_k, 0)
@@ -72,9 +74,9 @@ def _check_range(name: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
         limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise RequestError(f"{name} is {value!r}: give a finite number, {limits}.")
+        raise RequestError(f"{name} is {value!r}: give a finite number, {limits}.", name)
 
 
 def _check_int(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise RequestError(f"{name} is {value!r}: give a whole number of at least {least}.")
+        raise RequestError(f"{name} is {value!r}: give a whole number of at least {least}.", name)

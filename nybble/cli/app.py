@@ -15,6 +15,7 @@ from nybble.cli.errors import CommandGroup, report_bug
 from nybble.cli.evaluate import commands as evaluate
 from nybble.cli.options import SAMPLING_DEFAULTS, Measured, Model, Running, Sampling, expand_options
 from nybble.cli.quantize import Calibration, Format, Work
+from nybble.cli.serve import Batching, Listening
 
 Text = Annotated[Path, typer.Option(help="A UTF-8 text that the model has not been fitted to.")]
 Window = Annotated[int, typer.Option(help="Tokens that are predicted from one another.")]
@@ -111,6 +112,24 @@ def generate(
     else:
         output = generate.Output(ids, as_json, quiet)
         generate.run(model, prompt, sampling, running, output)
+
+
+@app.command()
+@expand_options
+def serve(
+    model: Model = "demo",
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the chat page in a browser.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each request.")] = False,
+    *,
+    listening: Listening,
+    running: Batching,
+) -> None:
+    """Serve a model: OpenAI's API under /v1, and a chat page at /."""
+    from nybble.cli.serve import run
+
+    run(model, running, listening, open_page, quiet)
 
 
 @app.command()

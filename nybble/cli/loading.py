@@ -20,15 +20,7 @@ def load(model: str, running: Running, quiet: bool) -> LLM:
     from nybble.llm import LLM
 
     with console.ProgressBar() as progress:
-        llm = LLM(
-            model,
-            device=running.device,
-            dtype=running.dtype,
-            kv_dtype=running.kv_dtype,
-            max_context=running.max_context,
-            threads=running.threads,
-            progress=progress,
-        )
+        llm = LLM(model, progress=progress, **vars(running))
     if not quiet:
         console.note(_what_runs(model, llm))
     return llm

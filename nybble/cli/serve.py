@@ -1,0 +1,133 @@
+"""`nybble serve`: the OpenAI-compatible server and its chat page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nybble.cli import console
+from nybble.cli.options import Running
+from nybble.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nybble.llm import LLM
+    from nybble.serve.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Batching(Running):
+    """Settings of LLM that a server has use for."""
+
+    max_running: Annotated[int, typer.Option(help="Requests that run at a time.")] = 64
+    prefill_chunk: Annotated[int, typer.Option(help="Most tokens in one step.")] = 512
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the cache holds for all requests.", show_default=False),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Settings of ServerSettings."""
+
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NYBBLE_API_KEY",
+            help="What clients must send; better in the environment, where ps does not show it.",
+            show_default=False,
+        ),
+    ] = None
+    allow_public: Annotated[
+        bool, typer.Option("--allow-public", help="Listen on a public address without a key.")
+    ] = False
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients call the model; may be repeated.", show_default=False),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A web origin whose pages may call; may be repeated.", show_default=False
+        ),
+    ] = None
+    max_waiting: Annotated[int, typer.Option(help="Requests that may queue; then 429.")] = 256
+    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.")] = 16 * 2**20
+    request_seconds: Annotated[float, typer.Option(help="Time limit of one request.")] = 600.0
+    drain_seconds: Annotated[
+        float, typer.Option(help="Time for running answers to finish after SIGTERM.")
+    ] = 30.0
+
+    def settings(self, model: str) -> ServerSettings:
+        from nybble.serve.settings import ServerSettings
+
+        return ServerSettings(
+            names=tuple(self.served_name or [_name(model)]),
+            host=self.host,
+            port=self.port,
+            api_key=self.api_key,
+            allow_public=self.allow_public,
+            cors_origins=tuple(self.cors_origin or ()),
+            max_waiting=self.max_waiting,
+            max_body=self.max_body,
+            request_seconds=self.request_seconds,
+            drain_seconds=self.drain_seconds,
+        )
+
+
+def run(model: str, running: Batching, listening: Listening, open_page: bool, quiet: bool) -> None:
+    try:
+        from nybble.serve import server
+        from nybble.serve.metrics import Metrics
+    except ImportError as error:
+        raise ConfigError(
+            f"The server needs the package {error.name}: pip install 'nybble[serve]'."
+        ) from error
+    settings = listening.settings(model)
+    if not quiet:
+        _log_requests()
+
+    def announce(url: str) -> None:
+        console.note(f"{settings.names[0]} at {url} (API: {url}v1). Ctrl-C stops.")
+        if open_page and _has_desktop():
+            webbrowser.open(url)
+
+    server.run(lambda: _load(model, running, quiet), settings, Metrics(), announce)
+
+
+def _load(model: str, running: Batching, quiet: bool) -> LLM:
+    from nybble.cli.loading import load
+
+    return load(model, running, quiet)
+
+
+def _name(model: str) -> str:
+    """What clients call a model: a folder by its own name, without where it stands."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _has_desktop() -> bool:
+    """Whether a browser has a screen: without one, a text browser would take the terminal."""
+    return sys.platform != "linux" or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+
+
+def _log_requests() -> None:
+    """A line for each request to stderr, without a word of what was said."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("nybble.serve", "uvicorn.error"):
+        logging.getLogger(name).addHandler(handler)
+    logging.getLogger("nybble.serve").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -1,0 +1,181 @@
+"""The answers to one request while they are generated: tokens -> pieces of text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+
+from nybble.engine.loop import AsyncGeneration
+from nybble.engine.sampler import TokenLogprob
+from nybble.errors import NybbleError
+from nybble.outputs import TextBuilder
+from nybble.serve.errors import TooSlowError
+from nybble.serve.record import RequestRecord
+from nybble.serve.responses import PromptDetails, Usage
+from nybble.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PlacedLogprob:
+    """A token's log-probability, and where its text begins: characters of the answer."""
+
+    logprob: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next text of answer `index`; the last piece says why it ended ("stop", "length").
+
+    logprobs: of the tokens since the last piece, where they were asked for.
+    """
+
+    index: int
+    text: str
+    logprobs: tuple[PlacedLogprob, ...] = ()
+    finish_reason: str | None = None
+
+
+class Answer:
+    """One choice: iterate `pieces` once."""
+
+    def __init__(self, index: int, generation: AsyncGeneration, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.generation = generation
+        self.finish_reason: str | None = None
+        self._text = TextBuilder(tokenizer, generation.params)
+        self._logprobs: list[PlacedLogprob] = []
+
+    async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
+        before: float | None = None
+        async for token in self.generation:
+            before = record.token(before)
+            text = self._push(token)
+            if self._text.stopped:
+                self.close()
+                break
+            if text:
+                yield Piece(self.index, text, self._taken())
+        else:
+            text = self._text.finish()
+        self.finish_reason = "stop" if self._text.stopped else self.generation.finish_reason
+        logprobs = tuple(
+            p for p in self._taken() if not self._text.stopped or p.offset < self._text.given
+        )
+        yield Piece(self.index, text, logprobs, self.finish_reason)
+
+    def _push(self, token: int) -> str:
+        offset = self._text.decoded
+        if self.generation.params.logprobs is not None:
+            self._logprobs.append(PlacedLogprob(self.generation.logprobs[-1], offset))
+        return self._text.push(token)
+
+    def _taken(self) -> tuple[PlacedLogprob, ...]:
+        taken = tuple(self._logprobs)
+        self._logprobs.clear()
+        return taken
+
+    def close(self, error: NybbleError | None = None) -> None:
+        """End it where it stands; error: what its reader is told."""
+        self.generation.close(error)
+
+
+class Answers:
+    """All choices of one request: `async with` it, so that none runs on unread.
+
+    They come prompt by prompt, `n` each. A reader that leaves, an error, or `seconds` since the
+    request's arrival end all of them.
+    """
+
+    def __init__(
+        self, answers: Sequence[Answer], n: int, record: RequestRecord, seconds: float
+    ) -> None:
+        self._answers = answers
+        self._n = n
+        self._record = record
+        self._seconds = seconds
+        self._reason = "abort"
+
+    async def __aenter__(self) -> Answers:
+        self._record.started()
+        left = max(self._seconds - self._record.seconds, 0.0)
+        self._alarm = asyncio.get_running_loop().call_later(left, self._expire)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._alarm.cancel()
+        for answer in self._answers:
+            answer.close()
+        usage = self.usage
+        reason = "error" if isinstance(error, NybbleError) else self._reason
+        self._record.finished(reason, usage.prompt_tokens, usage.completion_tokens)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def _expire(self) -> None:
+        for answer in self._answers:
+            answer.close(TooSlowError(self._seconds))
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """The pieces of all answers as they come; raises the first error of any."""
+        async with aclosing(self._merged()) as pieces:
+            async for piece in pieces:
+                yield piece
+        self._reason = self._answers[0].finish_reason or "stop"
+
+    def _merged(self) -> AsyncGenerator[Piece]:
+        if len(self._answers) == 1:
+            return self._answers[0].pieces(self._record)
+        return merged([answer.pieces(self._record) for answer in self._answers])
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far; each prompt counts once."""
+        prompts = [answer.generation for answer in self._answers[:: self._n]]
+        prompt = sum(len(generation.prompt_ids) for generation in prompts)
+        new = sum(len(answer.generation.token_ids) for answer in self._answers)
+        reused = sum(generation.timing.reused_tokens for generation in prompts)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=new,
+            total_tokens=prompt + new,
+            prompt_tokens_details=PromptDetails(cached_tokens=reused),
+        )
+
+
+async def merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[Piece]:
+    """What comes from any of the sources; the first error of any."""
+    queue: asyncio.Queue[Piece | NybbleError | None] = asyncio.Queue()
+
+    async def read(source: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in source:
+                queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except NybbleError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(source)) for source in sources]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, NybbleError):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,130 @@
+"""The model's life behind the HTTP server: loading, ready, draining, gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+
+from fastapi import Request
+
+from nybble.engine.loop import AsyncEngine
+from nybble.errors import NybbleError, UnavailableError
+from nybble.llm import LLM
+from nybble.serve.errors import unavailable
+from nybble.serve.record import Metrics, RequestRecord
+from nybble.serve.service import Service
+from nybble.serve.settings import ServerSettings
+
+logger = logging.getLogger("nybble")
+
+Loader = Callable[[], LLM]
+
+
+class Host:
+    """Loads a model in the background, runs its engine, and says whether requests are taken.
+
+    `async with` it for as long as the server runs. on_failure is called when loading has failed;
+    the reason is in `failure` then.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        settings: ServerSettings,
+        metrics: Metrics | None = None,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.failure: NybbleError | None = None
+        self._load = load
+        self._on_failure = on_failure
+        self._service: Service | None = None
+        self._draining = False
+        self.ready = asyncio.Event()
+
+    async def __aenter__(self) -> Host:
+        self._loading = asyncio.create_task(self._start())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._draining = True
+        self._loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._loading
+        if self._service is not None:
+            await self._service.engine.close()
+
+    async def _start(self) -> None:
+        try:
+            llm = await asyncio.to_thread(self._load)
+            engine = AsyncEngine(llm.engine, self.settings.max_waiting)
+            service = Service(llm, engine, self.settings.names, self.settings.request_seconds)
+        except NybbleError as error:
+            self.failure = error
+            if self._on_failure is not None:
+                self._on_failure()
+            return
+        await engine.__aenter__()
+        if self.metrics is not None:
+            self.metrics.watch(llm.engine)
+        self._service = service
+        self.ready.set()
+
+    @property
+    def status(self) -> str:
+        """ "ready", or why not: "loading", "failed", "draining", "broken"."""
+        if self.failure is not None:
+            return "failed"
+        if self._draining:
+            return "draining"
+        if self._service is None:
+            return "loading"
+        return "ready" if self._service.engine.available else "broken"
+
+    @property
+    def service(self) -> Service:
+        """The loaded model; ApiError 503 while there is none, or none for new requests."""
+        if self.failure is not None:
+            raise unavailable(f"The model could not be loaded ({self.failure})", "failed", 60)
+        if self._draining:
+            raise unavailable("The server is shutting down: try again later.", "draining", 30)
+        if self._service is None:
+            raise unavailable("The model is still being loaded: try again soon.", "loading")
+        return self._service
+
+    async def drain(self) -> None:
+        """Take no new requests; return when those that run have ended.
+
+        When the time is up, the others are ended with an error.
+        """
+        self._draining = True
+        if self._service is None:
+            return
+        engine = self._service.engine
+        try:
+            async with asyncio.timeout(self.settings.drain_seconds):
+                await engine.drain()
+        except TimeoutError:
+            await engine.close()
+
+
+def host_of(request: Request) -> Host:
+    host = request.app.state.host
+    if not isinstance(host, Host):
+        raise UnavailableError("The server has not been started: run its lifespan.")
+    return host
+
+
+def record_of(request: Request) -> RequestRecord:
+    """What is written down of this request; made by the outermost layer of the app."""
+    record: RequestRecord = request.state.record
+    return record

@@ -1,0 +1,106 @@
+"""The small routes: models, health, version, tokens, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from nybble.serve.errors import ApiError, unknown_model
+from nybble.serve.host import host_of
+from nybble.serve.protocol import DetokenizeRequest, TokenizeRequest
+from nybble.serve.responses import (
+    DetokenizeReply,
+    Health,
+    Model,
+    ModelList,
+    TokenizeReply,
+    Version,
+)
+from nybble.serve.service import Service
+
+router = APIRouter()
+
+
+@router.get("/health", response_model=Health, responses={503: {"model": Health}})
+async def health(request: Request) -> Response:
+    """200 when requests are taken; 503 while loading or draining, and when something broke."""
+    status = host_of(request).status
+    return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+
+@router.get("/version")
+async def version() -> Version:
+    from nybble import __version__
+
+    return Version(version=__version__)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    found = host_of(request).metrics
+    if found is None:
+        raise ApiError(404, "This server keeps no metrics: start it with nybble serve.")
+    return Response(found.render(), media_type=found.content_type)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    service = host_of(request).service
+    return ModelList(data=[_model(service, name) for name in service.names])
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, request: Request) -> Model:
+    service = host_of(request).service
+    if name not in service.names:
+        raise unknown_model(name, service.names)
+    return _model(service, name)
+
+
+def _model(service: Service, name: str) -> Model:
+    return Model(id=name, created=service.created, max_model_len=service.max_context)
+
+
+@router.post("/tokenize", response_model_exclude_none=True)
+async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
+    """The token ids of a text, or of a chat as the model gets it."""
+    service = host_of(request).service
+    service.model(body.model)
+    ids = await _ids(body, service)
+    names = None
+    if body.return_token_strs:
+        decode = service.tokenizer.decode_bytes
+        names = [decode([token]).decode("utf-8", "replace") for token in ids]
+    return TokenizeReply(
+        count=len(ids), max_model_len=service.max_context, tokens=ids, token_strs=names
+    )
+
+
+async def _ids(body: TokenizeRequest, service: Service) -> list[int]:
+    if body.messages is not None:
+        messages = [message.as_prompt() for message in body.messages]
+        options = {"add_generation_prompt": body.add_generation_prompt}
+        return await service.chat_ids(messages, options)
+    prefix = service.tokenizer.prompt_prefix_ids if body.add_special_tokens else ()
+    text = body.prompt or ""
+    return [*prefix, *await asyncio.to_thread(service.tokenizer.encode, text)]
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeReply:
+    service = host_of(request).service
+    service.model(body.model)
+    return DetokenizeReply(prompt=await asyncio.to_thread(service.tokenizer.decode, body.tokens))
+
+
+@router.post("/v1/embeddings", response_model=None)
+async def embeddings() -> Response:
+    raise ApiError(
+        501,
+        "This server generates text and has no embeddings: use a model that is made for them.",
+        code="not_implemented",
+        headers={"x-should-retry": "false"},
+    )

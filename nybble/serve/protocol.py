@@ -1,0 +1,230 @@
+"""What clients send: OpenAI's requests, and the usual extras. An unknown field is refused.
+
+A field that is null counts as left out. Numbers are checked where they are used
+(SamplingParams), so that the command line, Python and HTTP refuse the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+
+from nybble.sampling import SamplingParams
+from nybble.serve.errors import refused
+
+MOST_CHOICES, MOST_TOP_LOGPROBS = 128, 20
+
+
+class Body(BaseModel):
+    """Strict: no text is read as a number, and no field is ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Generating(Body):
+    """The fields that chats and completions share.
+
+    user, safety_identifier and prompt_cache_key are taken because clients send them; nothing is
+    done with them, and nothing is kept. store may only be false: nothing is.
+    """
+
+    model: str | None = Field(None, description="Left out: the model that is served.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = Field(None, description="Choice i of n uses seed + i.")
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @field_validator("stop", mode="wrap")
+    @classmethod
+    def _plain_stop(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(value, str) or (
+            isinstance(value, list) and all(isinstance(text, str) for text in value)
+        ):
+            return read(value)
+        raise ValueError("give a text, or a list of texts")
+
+    def check(self) -> None:
+        """ApiError for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "stream_options goes with stream: true only.")
+
+    def sampling(self) -> dict[str, Any]:
+        """What was said of SamplingParams' fields; what was not keeps the model's default."""
+        names = SamplingParams.__dataclass_fields__.keys() & self.model_fields_set
+        given = {name: getattr(self, name) for name in names}
+        if self.logit_bias is not None:
+            given["logit_bias"] = read_bias(self.logit_bias)
+        return given
+
+
+def read_bias(bias: dict[str, float]) -> dict[int, float]:
+    """JSON's keys are text, those of logit_bias are token ids."""
+    if not all(key.isascii() and key.isdigit() for key in bias):
+        raise refused("logit_bias", "logit_bias takes token ids as keys: see /tokenize.")
+    return {int(key): value for key, value in bias.items()}
+
+
+# -- chats ---------------------------------------------------------------------------------------
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    """One message. developer is another name for system."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @field_validator("content", mode="wrap")
+    @classmethod
+    def _text_only(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(value, list) and any(
+            isinstance(part, dict) and part.get("type") != "text" for part in value
+        ):
+            raise ValueError("this model takes text only: send parts of type text")
+        if not isinstance(value, (str, list)):
+            raise ValueError("give a text, or a list of parts of type text")
+        return read(value)
+
+    def as_prompt(self) -> dict[str, Any]:
+        """The message as tokenizers take it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Generating):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "top_logprobs goes with logprobs: true only.")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise refused(
+                "max_completion_tokens",
+                "max_tokens and max_completion_tokens mean the same: give one of them.",
+            )
+
+    def sampling(self) -> dict[str, Any]:
+        given = super().sampling()
+        given.pop("logprobs", None)
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        return given
+
+
+# -- completions ---------------------------------------------------------------------------------
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(Generating):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_kind(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
+        if not _is_prompts(value):
+            raise ValueError(
+                "give a text, a list of texts, a list of token ids, or a list of such lists"
+            )
+        return read(value)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Every prompt of the request, one or many."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+def _is_prompts(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value[0], list):
+        return all(isinstance(prompt, list) and _all_are(int, prompt) for prompt in value)
+    return _all_are(str, value) or _all_are(int, value)
+
+
+def _all_are(kind: type, values: list[Any]) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+# -- the others ----------------------------------------------------------------------------------
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a text, or a chat as it stands in a prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = Field(
+        True, description="Of a prompt: begin with the beginning-of-text token, where there is one."
+    )
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

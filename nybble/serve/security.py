@@ -1,0 +1,148 @@
+"""What stands before every route: request ids and the log line, the key, the size of a body."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nybble.serve.errors import ApiError, too_large, unauthorised
+from nybble.serve.record import Metrics, RequestRecord
+
+logger = logging.getLogger("nybble.serve")
+
+_BODY_SECONDS = 60.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+class Recorder:
+    """Gives each request an id (its own x-request-id where that is sane) and one log line."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(Headers(scope=scope)), self.metrics)
+        scope.setdefault("state", {})["record"] = record
+        status = 499  # what nginx calls a client that hung up
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            _log(scope, record, status)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
+def _log(scope: Scope, record: RequestRecord, status: int) -> None:
+    # The route, not the path: what a client makes up stays out of the log.
+    route = getattr(scope.get("route"), "path", "-")
+    tokens = f"{record.prompt_tokens} + {record.new_tokens} tokens"
+    logger.info(
+        "%s %s %s %d %s, %s, %.3f s",
+        record.id,
+        scope["method"],
+        route,
+        status,
+        record.reason or "done",
+        tokens,
+        record.seconds,
+    )
+
+
+class KeyCheck:
+    """401 without the API key, but for what is no secret: the page's files, and /health."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _public(scope["path"]):
+            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, self._expected):
+                await error_response(unauthorised())(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _public(path: str) -> bool:
+    return path in ("/", "/health") or path.startswith("/page/")
+
+
+class BodyLimit:
+    """413 for a body of more than `most` bytes, whether its length is told before or not."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app = app
+        self.most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replayed(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; None when the client has gone before its end."""
+        told = headers.get("content-length", "0")
+        if told.isdigit() and int(told) > self.most:
+            raise too_large(self.most)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self.most:
+                        raise too_large(self.most)
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"The request's body did not come within {_BODY_SECONDS:g} seconds: send it again.",
+                code="request_timeout",
+            ) from error
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` first, and then what comes after it."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay

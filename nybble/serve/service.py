@@ -1,0 +1,99 @@
+"""From an API request to generations and pieces of text. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nybble.engine.loop import AsyncEngine
+from nybble.errors import ConfigError
+from nybble.llm import LLM
+from nybble.outputs import no_tokenizer
+from nybble.sampling import SamplingParams
+from nybble.serve.answers import Answer, Answers
+from nybble.serve.errors import refused, unknown_model
+from nybble.serve.record import RequestRecord
+from nybble.tokenizer import Tokenizer
+
+
+class Service:
+    """A loaded model behind a running engine, under the names that clients may call it.
+
+    request_seconds: what one request may take, from its arrival to its last token.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        engine: AsyncEngine,
+        names: Sequence[str],
+        request_seconds: float = 600.0,
+    ) -> None:
+        if llm.tokenizer is None:
+            raise ConfigError(str(no_tokenizer()))
+        self.llm = llm
+        self.engine = engine
+        self.names = tuple(names)
+        self.request_seconds = request_seconds
+        self.tokenizer: Tokenizer = llm.tokenizer
+        self.created = int(time.time())
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.engine.max_context
+
+    def model(self, name: str | None) -> str:
+        """The name to answer under; ApiError for a model that is not served."""
+        if name is not None and name not in self.names:
+            raise unknown_model(name, self.names)
+        return name or self.names[0]
+
+    # -- prompts, outside the event loop: a long one takes a while ---------------------------
+
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
+        """The prompt of a chat; `options` go to the chat template."""
+        return await asyncio.to_thread(self.tokenizer.apply_chat, messages, **options)
+
+    async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        return await asyncio.to_thread(self.llm.encode, prompt)
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def params(self, given: Mapping[str, Any]) -> SamplingParams:
+        """The model's own defaults, with what a request says in their place."""
+        return replace(self.llm.default_params, **given)
+
+    def start(
+        self, prompts: Sequence[list[int]], params: SamplingParams, n: int, record: RequestRecord
+    ) -> Answers:
+        """Queue n answers to each prompt, all or none. Raises what AsyncEngine.submit does."""
+        if len(prompts) * n > self.engine.most:
+            field = "n" if n > 1 else "prompt"
+            raise refused(
+                field,
+                f"The request asks for {len(prompts) * n} answers, and this server holds "
+                f"{self.engine.most} at a time: send several requests.",
+            )
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                for choice in range(n):
+                    generation = self.engine.submit(prompt, _seeded(params, choice))
+                    answers.append(Answer(len(answers), generation, self.tokenizer))
+        except BaseException:
+            for answer in answers:
+                answer.close()
+            raise
+        return Answers(answers, n, record, self.request_seconds)
+
+
+def _seeded(params: SamplingParams, choice: int) -> SamplingParams:
+    """Each choice draws its own numbers: the seed counts on."""
+    if params.seed is None or choice == 0:
+        return params
+    return replace(params, seed=params.seed + choice)
