@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from nybble.cli import console
+from nybble.cli.load import Endpoint, Traffic, Work
+from nybble.cli.options import expand_options
 from nybble.errors import ConfigError
 
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -46,6 +48,25 @@ def speed(
         for path in report.write(measured, out):
             console.note(f"Wrote {path}.")
     typer.echo(json.dumps(asdict(measured), indent=2) if as_json else report.markdown(measured))
+
+
+@commands.command()
+@expand_options
+def serve(
+    url: Annotated[str, typer.Argument(help="An OpenAI endpoint: http://127.0.0.1:8000/v1.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for serve.json, serve.md and serve.png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    traffic: Traffic,
+    work: Work,
+    endpoint: Endpoint,
+) -> None:
+    """Put a server under load: throughput, waiting times, errors."""
+    from nybble.cli.load import run
+
+    run(url, endpoint, traffic, work, out, as_json)
 
 
 def _numbers(name: str, text: str) -> list[int]:
