@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from nybble.errors import NybbleError
-from nybble.serve import chat, completions, models
+from nybble.serve import chat, completions, models, page
 from nybble.serve.errors import SERVER, ApiError, as_api_error, unsupported
 from nybble.serve.host import Host, Loader, record_of
 from nybble.serve.record import Metrics
@@ -48,6 +48,7 @@ def create_app(
     app = FastAPI(title="nybble", docs_url=None, redoc_url=None, lifespan=lifespan)
     for part in (chat, completions, models):
         app.include_router(part.router, responses=_ERRORS)
+    app.include_router(page.router)
     _guard(app, settings, metrics)
     _shape_errors(app)
     return app
