@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nybble.errors import RequestError
@@ -15,7 +16,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. Penalties
     follow the usual definitions: repetition (Keskar et al. 2019, over prompt and output),
     presence and frequency (OpenAI, over the output). `logprobs` asks for that many alternatives
-    a token (0: only the chosen one's). max_tokens None means: as far as the context goes.
+    a token (0: only the chosen one's), prompt_logprobs the same for the tokens of the prompt.
+    logit_bias: what to add to the logits of some token ids, -100 to 100. max_tokens None means:
+    as far as the context goes; 0 only reads the prompt, for its prompt_logprobs.
     """
 
     temperature: float = 1.0
@@ -31,6 +34,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -47,7 +52,11 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0)
         _check_int("top_k", self.top_k, 0)
-        for name, least in (("max_tokens", 1), ("logprobs", 0), ("seed", 0)):
+        for token, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias", token, 0)
+            _check_range("logit_bias", bias, -100.0, 100.0)
+        least_tokens = 1 if self.prompt_logprobs is None else 0
+        for name, least in (("max_tokens", least_tokens), *_COUNTS):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), least)
 
@@ -68,6 +77,7 @@ _RANGES = (
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
 )
+_COUNTS = (("logprobs", 0), ("prompt_logprobs", 0), ("seed", 0))
 
 
 def _check_range(name: str, value: object, low: float, high: float) -> None:

@@ -23,6 +23,8 @@ from nybble.model.decoder import Decoder
 from nybble.model.rope import ntk_alpha
 from nybble.sampling import SamplingParams
 
+# Log-probabilities of a prompt are computed for so many rows of logits at a time.
+_SCORED_ROWS = 64
 # What the cache may grow to where nobody says, and what it takes before it forgets prefixes.
 _CACHE_BYTES, _WARM_BYTES = 2**31, 2**28
 
@@ -135,11 +137,12 @@ class Engine:
                 "the prompt, or raise max_context if the model allows it."
             )
         room = self.max_context - len(ids)
-        limit = len(ids) + min(params.max_tokens or room, room)
+        limit = len(ids) + (room if params.max_tokens is None else min(params.max_tokens, room))
+        scored = params.prompt_logprobs is not None
         return Request(
             prompt_ids=ids,
             params=params,
-            sequence=TokenSequence(list(ids), limit, self._alpha(ids)),
+            sequence=TokenSequence(list(ids), limit, self._alpha(ids), whole=scored),
             sampling=self._sampler.state(params, ids, constraint),
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self.eos_ids),
@@ -215,45 +218,79 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
         begin = time.perf_counter()
-        logits = self._runner.run(self.decoder, chunks)
-        # A sum is one pass, and a single Inf or NaN is enough to spoil it.
-        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
         requests = [self._alive[chunk.sequence] for chunk in chunks]
-        rows = [row for row, chunk in enumerate(chunks) if chunk.complete and finite[row]]
-        tokens = self._next_tokens(logits, requests, rows) if rows else []
-        self._clock(chunks, requests, time.perf_counter() - begin)
-        for row, token in zip(rows, tokens, strict=True):
-            self._receive(requests[row], token)
+        logits, finite = self._logits(chunks, requests)
+        complete = [row for row, chunk in enumerate(chunks) if chunk.complete and finite[row]]
+        rows = [row for row in complete if not requests[row].full]
+        tokens = self._next_tokens(logits, requests, rows) if rows else {}
+        self._clock(requests, time.perf_counter() - begin)
+        for row in complete:
+            self._receive(requests[row], tokens.get(row))
         broken = [request for request, good in zip(requests, finite, strict=True) if not good]
         for request in broken:
             request.error = self._not_finite(request.sequence)
             self._end(request, sound=False)
-        return [requests[row] for row in rows] + broken
+        return [requests[row] for row in complete] + broken
+
+    def _logits(
+        self, chunks: list[Chunk], requests: list[Request]
+    ) -> tuple[torch.Tensor, list[bool]]:
+        """fp32 (chunks, vocab) after each chunk, and whether all that it gave is finite."""
+        scored = [row for row, request in enumerate(requests) if request.scoring]
+        logits = self._runner.run(self.decoder, chunks, scored)
+        # A sum is one pass, and a single Inf or NaN is enough to spoil it.
+        finite = torch.isfinite(logits.sum(dim=-1))
+        if not scored:
+            return logits, finite.tolist()
+        counts = [len(chunk) if row in scored else 1 for row, chunk in enumerate(chunks)]
+        blocks = torch.split(logits, counts)
+        good = [bool(part.all()) for part in torch.split(finite, counts)]
+        for row in scored:
+            if good[row]:
+                self._score(requests[row], chunks[row], blocks[row])
+        return torch.stack([block[-1] for block in blocks]), good
+
+    def _score(self, request: Request, chunk: Chunk, logits: torch.Tensor) -> None:
+        """Note how likely the prompt's tokens behind those of the chunk were, a few at a time."""
+        prompt, found = request.prompt_ids, request.prompt_logprobs
+        count, end = request.params.prompt_logprobs or 0, min(chunk.end, len(prompt) - 1)
+        # A request that gave its pages back reads again what it has scored already.
+        for begin in range(len(found), end, _SCORED_ROWS):
+            stop = min(begin + _SCORED_ROWS, end)
+            rows = logits[begin - chunk.begin : stop - chunk.begin]
+            found += self._sampler.logprobs(rows, prompt[begin + 1 : stop + 1], count)
 
     def _next_tokens(
         self, logits: torch.Tensor, requests: list[Request], rows: list[int]
-    ) -> list[Token]:
+    ) -> dict[int, Token]:
+        """By row, the token that is chosen there."""
         chosen = logits if len(rows) == len(logits) else logits[rows]
         ids = self._sampler.choose(chosen, [requests[row].sampling for row in rows])
-        counts = [requests[row].params.logprobs for row in rows]
-        return [
-            Token(i, None if count is None else self._sampler.logprob(row, i, count))
-            for i, count, row in zip(ids, counts, chosen, strict=True)
-        ]
+        tokens = {row: Token(token) for row, token in zip(rows, ids, strict=True)}
+        for row, token in tokens.items():
+            count = requests[row].params.logprobs
+            if count is not None:
+                (logprob,) = self._sampler.logprobs(logits[row : row + 1], [token.id], count)
+                tokens[row] = Token(token.id, logprob)
+        return tokens
 
-    def _clock(self, chunks: list[Chunk], requests: list[Request], seconds: float) -> None:
+    def _clock(self, requests: list[Request], seconds: float) -> None:
         self.counters.steps += 1
         for request in requests:
             request.clock(seconds)
 
-    def _receive(self, request: Request, token: Token) -> None:
+    def _receive(self, request: Request, token: Token | None) -> None:
+        """token None: the prompt was all that was to be read."""
         timing, counters = request.timing, self.counters
         if timing.new_tokens == 0:
             timing.reused_tokens = request.sequence.reused
             counters.prompt_tokens += timing.prompt_tokens
             counters.reused_tokens += timing.reused_tokens
-        counters.new_tokens += 1
-        request.receive(token)
+        if token is None:
+            request.finish_reason = "length"
+        else:
+            counters.new_tokens += 1
+            request.receive(token)
         if request.done:
             self._end(request)
 
@@ -318,7 +355,8 @@ class Generation(Iterator[int]):
 
     finish_reason is set when it ends: "stop" (an end-of-turn or stop token, which is not part
     of the output) or "length" (max_tokens or the context is used up); None while running or
-    when abandoned. Other requests of the engine advance in the same steps.
+    when abandoned. prompt_logprobs: of the prompt's tokens but the first, where asked for; all
+    are there when the first token is. Other requests of the engine advance in the same steps.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -327,6 +365,7 @@ class Generation(Iterator[int]):
         self.timing = request.timing
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs = request.prompt_logprobs
         self.finish_reason: str | None = None
         self._engine, self._request = engine, request
         self._started = False

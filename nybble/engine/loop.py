@@ -179,6 +179,7 @@ class AsyncGeneration(AsyncIterator[int]):
         self.timing: Timing = request.timing
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs = request.prompt_logprobs
         self.finish_reason: str | None = None
         self._engine, self._request = engine, request
         self._tokens: deque[Token] = deque()

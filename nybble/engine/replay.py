@@ -16,7 +16,7 @@ def logits(
 ) -> torch.Tensor:
     """fp32 (tokens, vocab): the model's prediction after each token."""
     steps = _steps(decoder, ids, kind, alpha, prefill_chunk)
-    return torch.cat([decoder.forward(chunk, step, every=True) for chunk, step in steps])
+    return torch.cat([decoder.forward(chunk, step, _every(chunk)) for chunk, step in steps])
 
 
 def first_nonfinite(
@@ -28,6 +28,10 @@ def first_nonfinite(
             if not bool(torch.isfinite(values).all()):
                 return name
     return None
+
+
+def _every(chunk: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(chunk), device=chunk.device)
 
 
 def _steps(

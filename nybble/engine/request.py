@@ -43,6 +43,9 @@ class Token:
 class Request:
     """What the engine knows of a request. Whoever reads the answer takes tokens out of `news`.
 
+    prompt_logprobs: of the prompt's tokens but the first, where asked for; all of them are there
+    before the first token of the answer.
+
     finish_reason: "stop" (an end-of-turn or stop token, which is not part of the answer),
     "length" (max_tokens or the context is used up) or "abort"; error: why it cannot go on.
     One of the two is set when the last token has come.
@@ -56,11 +59,23 @@ class Request:
     news: deque[Token] = field(default_factory=deque)
     finish_reason: str | None = None
     error: NybbleError | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
+        wanted = 0 if self.params.prompt_logprobs is None else len(self.prompt_ids) - 1
+        return len(self.prompt_logprobs) < wanted
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another token."""
+        return len(self.sequence.tokens) == self.sequence.limit
 
     def clock(self, seconds: float) -> None:
         """Count a step that this request took part in."""
@@ -84,5 +99,5 @@ class Request:
             return
         self.sequence.tokens.append(token.id)
         self.news.append(token)
-        if len(self.sequence.tokens) == self.sequence.limit:
+        if self.full:
             self.finish_reason = "length"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -36,8 +36,13 @@ class Runner:
         self._store = KVStore(decoder.config, kind, first, self.device, page_size)
         self._graphs = DecodeGraphs(decoder, self._store, num_pages) if captured else None
 
-    def run(self, decoder: Decoder, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """fp32 logits (chunks, vocab): after the last token of each chunk."""
+    def run(
+        self, decoder: Decoder, chunks: Sequence[Chunk], every: Collection[int] = ()
+    ) -> torch.Tensor:
+        """fp32 logits (chunks, vocab): after the last token of each chunk.
+
+        Of the chunks in `every` (their numbers), a row after each of their tokens instead.
+        """
         self._positions.cover(chunks)
         if self._graphs is not None and all(len(chunk) == 1 for chunk in chunks):
             first_rows = [self._positions.first_row(chunk) for chunk in chunks]
@@ -45,7 +50,8 @@ class Runner:
         self._reserve(max(max(chunk.sequence.pages) for chunk in chunks) + 1)
         step = Step(self._positions.rows(chunks), self._batch(chunks), self._store.layers)
         ids = [token for chunk in chunks for token in chunk.tokens]
-        return decoder.forward(torch.tensor(ids, device=self.device), step)
+        rows = self._integers(_rows(chunks, every)) if every else None
+        return decoder.forward(torch.tensor(ids, device=self.device), step, rows)
 
     def _reserve(self, pages: int) -> None:
         held = self._store.num_pages
@@ -70,6 +76,16 @@ class Runner:
 
     def _integers(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+def _rows(chunks: Sequence[Chunk], every: Collection[int]) -> list[int]:
+    """Of the tokens of a step, those whose logits are wanted."""
+    rows: list[int] = []
+    end = 0
+    for number, chunk in enumerate(chunks):
+        end += len(chunk)
+        rows += range(end - (len(chunk) if number in every else 1), end)
+    return rows
 
 
 class PositionTable:

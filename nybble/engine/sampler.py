@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.engine.constraint import Constraint, allowed_tokens
+from nybble.errors import RequestError
 from nybble.sampling import SamplingParams
 
 # Top-p rarely needs more than this many candidates; when it does, it looks at more and more.
@@ -33,7 +34,7 @@ class TokenLogprob:
 
 
 class SamplingState:
-    """What sampling remembers of one request: random numbers, counts for penalties, constraint.
+    """What sampling remembers of one request: random numbers, counts, bias, constraint.
 
     The random numbers are drawn on the CPU, so that a seed means the same on every device.
     """
@@ -53,22 +54,32 @@ class SamplingState:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self.penalised = (
+        self._counted = (
             params.repetition_penalty != 1
             or params.presence_penalty != 0
             or params.frequency_penalty != 0
         )
-        if self.penalised:
+        self._bias = _bias(params, vocab_size, device) if params.logit_bias else None
+        if self._counted:
             self._counts = torch.zeros(vocab_size, device=device)
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
             self._seen[prompt[prompt < vocab_size]] = True
 
+    @property
+    def changes_logits(self) -> bool:
+        return self._counted or self._bias is not None
+
     def random(self) -> float:
         return float(torch.rand((), generator=self._generator))
 
-    def penalise(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits (vocab,) -> the same with the request's penalties."""
+    def change(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (vocab,) -> the same with the request's penalties and bias."""
+        if self._counted:
+            logits = self._penalise(logits)
+        return logits if self._bias is None else logits + self._bias
+
+    def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
         params, seen = self.params, self._seen
         repeated = torch.where(
             logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
@@ -78,7 +89,7 @@ class SamplingState:
         return logits - params.presence_penalty * (self._counts > 0)
 
     def count(self, token: int) -> None:
-        if self.penalised:
+        if self._counted:
             self._counts[token] += 1
             self._seen[token] = True
 
@@ -104,7 +115,7 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         """logits fp32 (requests, padded vocab) -> the next token of each request."""
-        logits = self._constrained(self._penalised(self._real(logits), states), states)
+        logits = self._constrained(self._changed(self._real(logits), states), states)
         best = logits.argmax(dim=-1)
         drawn = [row for row, state in enumerate(states) if not state.params.greedy]
         if drawn:
@@ -117,12 +128,25 @@ class Sampler:
             state.count(token)
         return tokens
 
-    def logprob(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
-        """logits fp32 (padded vocab,): the chosen token's log-probability and the best `count`."""
+    def logprobs(
+        self, logits: torch.Tensor, tokens: Sequence[int], count: int
+    ) -> list[TokenLogprob]:
+        """logits fp32 (tokens, padded vocab): each token's log-probability, and the best `count`.
+
+        A token of the padding, which only a prompt can hold, has none: -inf.
+        """
         logprobs = torch.log_softmax(self._real(logits), dim=-1)
-        values, ids = logprobs.topk(min(count, self.vocab_size))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(token, float(logprobs[token]), top)
+        values, ids = (t.tolist() for t in logprobs.topk(min(count, self.vocab_size)))
+        chosen = torch.tensor(tokens, device=logits.device)
+        there = chosen.clamp(max=self.vocab_size - 1)
+        own = logprobs.gather(-1, there[:, None])[:, 0]
+        own = own.masked_fill(chosen >= self.vocab_size, -torch.inf)
+        return [
+            TokenLogprob(token, value, tuple(zip(best, their_values, strict=True)))
+            for token, value, best, their_values in zip(
+                tokens, own.tolist(), ids, values, strict=True
+            )
+        ]
 
     def _real(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the real vocabulary: without padding, with its gaps out of reach."""
@@ -140,11 +164,24 @@ class Sampler:
         return logits.masked_fill(~allowed, -torch.inf)
 
     @staticmethod
-    def _penalised(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-        if not any(state.penalised for state in states):
+    def _changed(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        if not any(state.changes_logits for state in states):
             return logits
         rows = zip(logits, states, strict=True)
-        return torch.stack([s.penalise(row) if s.penalised else row for row, s in rows])
+        return torch.stack([s.change(row) if s.changes_logits else row for row, s in rows])
+
+
+def _bias(params: SamplingParams, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """The request's logit_bias as (vocab,)."""
+    bias = torch.zeros(vocab_size, device=device)
+    for token, value in (params.logit_bias or {}).items():
+        if token >= vocab_size:
+            raise RequestError(
+                f"logit_bias names the token {token}: this model has 0 to {vocab_size - 1}.",
+                "logit_bias",
+            )
+        bias[token] = value
+    return bias
 
 
 def draw(

@@ -22,14 +22,16 @@ class TokenSequence:
     """The tokens of one request and where their keys and values stand.
 
     tokens: prompt and answer so far; the engine appends. limit: the most it can ever have.
-    alpha: how dynamic NTK stretches its positions, which decides keys beside the tokens. Of
-    `tokens`, the first `computed` stand in `pages`, which this sequence owns (one reference
-    each) while it runs. `reused` counts those it found there instead of computing them.
+    alpha: how dynamic NTK stretches its positions, which decides keys beside the tokens. whole:
+    somebody wants the logits of every token, so none is taken from the cache. Of `tokens`, the
+    first `computed` stand in `pages`, which this sequence owns (one reference each) while it
+    runs. `reused` counts those it found there instead of computing them.
     """
 
     tokens: list[int]
     limit: int
     alpha: float = 1.0
+    whole: bool = False
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0
@@ -206,6 +208,8 @@ class Scheduler:
 
     def _known_pages(self, sequence: TokenSequence) -> Iterator[int]:
         """Take the pages that already hold what comes next, as far as one token is left to run."""
+        if sequence.whole:
+            return
         size = self.pool.page_size
         for index in range(sequence.computed // size, (len(sequence.tokens) - 1) // size):
             page = self.pool.acquire(sequence.key(index, size))

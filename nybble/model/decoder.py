@@ -55,17 +55,19 @@ class Decoder:
     lm_head: LinearFn  # hidden -> vocab
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, step: Step, every: bool = False) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, step: Step, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """ids int64 (tokens,) -> logits fp32 (sequences, vocab) after the last token of each.
 
-        every: (tokens, vocab), after each token.
+        rows: integers (rows,): after these tokens instead, (rows, vocab).
         """
         x = self.embed(ids)
         for index in range(len(self.layers)):
             x = self.block(index, x, step)
-        if not every and len(x) > step.batch.sequences:
-            x = x.index_select(0, step.batch.starts[1:] - 1)
-        return self.head(x)
+        if rows is None and len(x) > step.batch.sequences:
+            rows = step.batch.starts[1:] - 1
+        return self.head(x if rows is None else x.index_select(0, rows))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(ids, self.embed_tokens).to(self.norm.dtype)

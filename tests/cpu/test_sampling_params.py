@@ -29,13 +29,19 @@ BAD = [
     {"stop": ""},
     {"stop": ["a", ""]},
     {"stop_token_ids": [-1]},
+    {"prompt_logprobs": -1},
+    {"logit_bias": {5: 100.5}},
+    {"logit_bias": {5: math.nan}},
+    {"logit_bias": {-1: 1.0}},
 ]
 
 
 @pytest.mark.parametrize("values", BAD, ids=str)
 def test_bad_values_are_refused_by_name(values):
-    with pytest.raises(RequestError, match=next(iter(values))):
+    name = next(iter(values))
+    with pytest.raises(RequestError, match=name) as caught:
         SamplingParams(**values)
+    assert caught.value.param == name
 
 
 def test_stop_may_be_one_text():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.sampler import Sampler, candidates, draw
+from nybble.errors import RequestError
 from nybble.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -176,6 +177,14 @@ def test_presence_and_frequency_count_the_output_only():
     assert [row.choose(logits) for _ in range(3)] == [0, 1, 0]
 
 
+def test_a_bias_is_added_to_the_logits():
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    row = sampler(vocab=3, temperature=0, logit_bias={2: 3.5, 0: -1.5}, frequency_penalty=1.0)
+    assert [row.choose(logits) for _ in range(4)] == [2, 2, 2, 1]
+    with pytest.raises(RequestError, match="logit_bias"):
+        sampler(vocab=3, logit_bias={3: 1.0})
+
+
 def test_penalties_leave_the_callers_logits_alone():
     logits = torch.tensor([2.0, 1.0])
     sampler(vocab=2, prompt=[0], temperature=0, repetition_penalty=3.0).choose(logits)
@@ -186,7 +195,7 @@ def test_logprobs_are_the_models_own():
     logits = torch.randn(50, generator=torch.manual_seed(0))
     row = sampler(temperature=0.5, seed=0)
     token = row.choose(logits)
-    found = row.sampler.logprob(logits, token, 3)
+    (found,) = row.sampler.logprobs(logits[None], [token], 3)
     expected = torch.log_softmax(logits, 0)
     assert found.logprob == pytest.approx(float(expected[token]))
     assert [i for i, _ in found.top] == expected.topk(3).indices.tolist()
