@@ -9,6 +9,7 @@ Perplexity is exp of the mean negative log-likelihood over all predicted tokens.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,17 +45,16 @@ class Perplexity:
 class Comparison:
     """A quantised model beside its base, on the same windows.
 
-    ratio: quant's perplexity over base's; ratio_error is its standard error over the windows,
-    which are paired, None for a single one. KL divergence is that of quant's predictions from
-    base's, sum p (log p - log q), in nats a token; top1_agreement the share of tokens where both
-    think the same one likeliest. layer_errors: from the quantiser's report, the mean relative
-    error of each layer's linears.
+    ratio: quant's perplexity over base's; window_ratios the same in each window. KL divergence is
+    that of quant's predictions from base's, sum p (log p - log q), in nats a token;
+    top1_agreement the share of tokens where both think the same one likeliest. layer_errors: from
+    the quantiser's report, the mean relative error of each layer's linears.
     """
 
     base: Perplexity
     quant: Perplexity
     ratio: float
-    ratio_error: float | None
+    window_ratios: tuple[float, ...]
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -62,8 +62,27 @@ class Comparison:
     quant_bytes: int
     layer_errors: tuple[float, ...] = ()
 
+    @property
+    def ratio_error(self) -> float | None:
+        """The standard error of `ratio`, the windows being paired; None for a single window."""
+        return mean_ratio(self.window_ratios)[1]
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "base": self.base.to_json(), "quant": self.quant.to_json()}
+        return {
+            **asdict(self),
+            "ratio_error": self.ratio_error,
+            "base": self.base.to_json(),
+            "quant": self.quant.to_json(),
+        }
+
+
+def mean_ratio(window_ratios: Sequence[float]) -> tuple[float, float | None]:
+    """The geometric mean of ratios and its standard error, from the spread between windows."""
+    logs = [math.log(ratio) for ratio in window_ratios]
+    mean = math.exp(statistics.fmean(logs))
+    if len(logs) < 2:
+        return mean, None
+    return mean, mean * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def perplexity(
@@ -104,12 +123,12 @@ def compare_windows(
     base_loss, quant_loss, kl, agree = (torch.cat(parts) for parts in zip(*rows, strict=True))
     window = len(windows[0])
     first, second = _perplexity(base_loss, window), _perplexity(quant_loss, window)
-    ratio = second.perplexity / first.perplexity
+    differences = (quant_loss - base_loss).double().view(len(windows), -1).mean(1)
     return Comparison(
         base=first,
         quant=second,
-        ratio=ratio,
-        ratio_error=_ratio_error(ratio, quant_loss - base_loss, len(windows)),
+        ratio=second.perplexity / first.perplexity,
+        window_ratios=tuple(differences.exp().tolist()),
         kl_mean=float(kl.mean()),
         kl_p99=float(torch.quantile(kl[: 2**24], 0.99)),
         top1_agreement=float(agree.double().mean()),
@@ -145,14 +164,6 @@ def layer_errors(folder: Path) -> tuple[float, ...]:
 
 def _perplexity(losses: torch.Tensor, window: int) -> Perplexity:
     return Perplexity(math.exp(float(losses.double().mean())), losses.numel(), window)
-
-
-def _ratio_error(ratio: float, differences: torch.Tensor, windows: int) -> float | None:
-    """The standard error of a ratio exp(mean difference), from the spread between windows."""
-    if windows < 2:
-        return None
-    means = differences.double().view(windows, -1).mean(1)
-    return ratio * float(means.std()) / math.sqrt(windows)
 
 
 def _losses(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

@@ -40,7 +40,9 @@ class Format:
             raise ConfigError(f"--bits is {self.bits}: choose 4 or 8.")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(f"--group-size is {self.group_size}: give -1 or a multiple of 8.")
-        return QuantConfig(self.bits, self.group_size, self.desc_act, self.sym)
+        # Zero points other than the middle are read alike by all only where the file says "v2".
+        checkpoint_format = "gptq" if self.sym else "gptq_v2"
+        return QuantConfig(self.bits, self.group_size, self.desc_act, self.sym, checkpoint_format)
 
 
 @dataclass(frozen=True)

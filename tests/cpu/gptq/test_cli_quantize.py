@@ -44,6 +44,16 @@ def test_quantize_prints_a_table(speaking_llama, tmp_path, text):
     assert "became" in result.stdout
 
 
+@pytest.mark.parametrize(("flag", "label"), [("--sym", "gptq"), ("--asym", "gptq_v2")])
+def test_zero_points_are_stored_as_other_tools_read_them(
+    speaking_llama, tmp_path, text, flag, label
+):
+    options = (flag, "--group-size", 32, "--calibration", text, "--sweeps", 0, "--no-correct")
+    assert run("quantize", speaking_llama, tmp_path / "out", *options).exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == label
+
+
 def test_compare_gives_the_cards_row(speaking_llama, quantized, text):
     result = run("compare", speaking_llama, quantized, "--text", text, "--window", 64, "--json")
     found = json.loads(result.stdout)
