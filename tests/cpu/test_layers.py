@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[2] / "nybble"
 # Lowest first. A part may import itself and whatever stands on an earlier line.
 LAYERS = [
     {"errors", "paths"},
-    {"config", "sampling"},
-    {"tokenizer", "checkpoint", "kernels"},
+    {"config", "sampling", "schema"},
+    {"tokenizer", "tools", "checkpoint", "kernels"},
     {"quant", "cache"},
     {"model"},
     {"engine", "gptq"},
-    {"demo", "outputs", "memory"},
+    {"demo", "outputs", "memory", "grammar"},
     {"resolve"},
     {"llm"},
     {"compat", "measure", "batch"},
@@ -28,6 +28,8 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Tokenizer, pages and scheduler are bookkeeping; the rest is loaded to print the help.
 WITHOUT_TORCH = (
     "tokenizer/",
+    "tools/",
+    "schema.py",
     "cache/pages.py",
     "engine/scheduler.py",
     "errors.py",

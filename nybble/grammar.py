@@ -1,0 +1,129 @@
+"""Grammars that an answer must follow, over one tokenizer's vocabulary: JSON, schemas, tool calls.
+
+xgrammar (Dong et al. 2024) compiles them and follows them; it is imported when the first one is
+asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nybble.errors import ConfigError, RequestError
+from nybble.schema import MAX_WHITESPACE, check_schema
+from nybble.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import xgrammar
+
+_CACHE_BYTES = 2**26
+_SOURCE = re.compile(r"^(\[[\d:]+\] \S+?:\d+: )+")
+
+
+class Grammar:
+    """A compiled grammar. Any number of answers may follow it at a time."""
+
+    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
+        self._compiled = compiled
+
+    def constraint(self) -> GrammarConstraint:
+        """The engine's Constraint for one new request."""
+        import xgrammar
+
+        return GrammarConstraint(xgrammar.GrammarMatcher(self._compiled))
+
+
+class GrammarConstraint:
+    """One answer's way through a grammar."""
+
+    def __init__(self, matcher: xgrammar.GrammarMatcher) -> None:
+        self._matcher = matcher
+
+    def fill(self, words: torch.Tensor) -> None:
+        words.fill_(-1)  # xgrammar writes nothing where everything is allowed
+        self._matcher.fill_next_token_bitmask(words)
+
+    def accept(self, token: int) -> bool:
+        return self._matcher.accept_token(token)
+
+
+class GrammarCompiler:
+    """Compiles grammars for answers in the ids below `vocab_size`, which end with a stop id.
+
+    The methods take milliseconds to seconds: call them in a thread beside an event loop. Any
+    number of threads may do so. They raise a RequestError for what cannot be enforced.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = sorted(token for token in stop_ids if token < vocab_size)
+        self._vocab_size = vocab_size
+
+    def json_object(self) -> Grammar:
+        """Any JSON object."""
+        return self._schema({"type": "object"}, strict=False)
+
+    def json_schema(self, schema: Mapping[str, Any], strict: bool = False) -> Grammar:
+        """JSON that is valid under `schema`.
+
+        strict: objects have no other properties than those that the schema names, unless it
+        says so with additionalProperties.
+        """
+        check_schema(schema)
+        return self._schema(schema, strict)
+
+    def structure(self, layout: Mapping[str, Any]) -> Grammar:
+        """Text with JSON in it: `layout` is the format of an xgrammar structural tag.
+
+        Its schemas are to be checked before (`check_schema`).
+        """
+        tag = json.dumps({"type": "structural_tag", "format": layout})
+        try:
+            return Grammar(self._compiler.compile_structural_tag(tag))
+        except RuntimeError as error:
+            raise _refused(error) from error
+
+    def _schema(self, schema: Mapping[str, Any], strict: bool) -> Grammar:
+        try:
+            return Grammar(
+                self._compiler.compile_json_schema(
+                    json.dumps(schema), strict_mode=strict, max_whitespace_cnt=MAX_WHITESPACE
+                )
+            )
+        except RuntimeError as error:
+            raise _refused(error) from error
+
+    @cached_property
+    def _compiler(self) -> xgrammar.GrammarCompiler:
+        try:
+            import xgrammar
+        except ImportError as error:
+            raise ConfigError(
+                "Structured output needs xgrammar, which is not installed: pip install "
+                "'nybble[serve]'."
+            ) from error
+        if not self._stop_ids:
+            raise RequestError("This model has no token that ends an answer: ask without a schema.")
+        info = xgrammar.TokenizerInfo(
+            self._vocabulary(), vocab_size=self._vocab_size, stop_token_ids=self._stop_ids
+        )
+        threads = min(8, os.cpu_count() or 1)
+        return xgrammar.GrammarCompiler(info, max_threads=threads, cache_limit_bytes=_CACHE_BYTES)
+
+    def _vocabulary(self) -> list[bytes]:
+        """The bytes of each token; control tokens, which no text contains, have none."""
+        tokenizer = self._tokenizer
+        silent = tokenizer.hidden_ids | tokenizer.unused_ids
+        ids = range(min(self._vocab_size, tokenizer.vocab_size))
+        return [b"" if i in silent else tokenizer.decode_bytes([i]) for i in ids]
+
+
+def _refused(error: RuntimeError) -> RequestError:
+    reason = _SOURCE.sub("", str(error)).strip().rstrip(".")
+    return RequestError(f"The schema cannot be enforced ({reason}): change that part of it.")
