@@ -15,14 +15,18 @@ from nybble.outputs import TextBuilder
 from nybble.serve.errors import TooSlowError
 from nybble.serve.record import RequestRecord
 from nybble.serve.responses import PromptDetails, Usage
-from nybble.tokenizer import Tokenizer
+from nybble.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)
 class PlacedLogprob:
-    """A token's log-probability, and where its text begins: characters of the answer."""
+    """A token's log-probability, and where its text begins: characters of the whole text.
 
-    logprob: TokenLogprob
+    Nothing is known of the first token of a prompt: None.
+    """
+
+    token: int
+    logprob: TokenLogprob | None
     offset: int
 
 
@@ -40,18 +44,32 @@ class Piece:
 
 
 class Answer:
-    """One choice: iterate `pieces` once."""
+    """One choice: iterate `pieces` once.
 
-    def __init__(self, index: int, generation: AsyncGeneration, tokenizer: Tokenizer) -> None:
+    echo: the first piece is the prompt, what its ids spell from number `echo` on.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        generation: AsyncGeneration,
+        tokenizer: Tokenizer,
+        echo: int | None = None,
+    ) -> None:
         self.index = index
         self.generation = generation
         self.finish_reason: str | None = None
+        self._tokenizer = tokenizer
         self._text = TextBuilder(tokenizer, generation.params)
+        self._echo = echo
+        self._begin = 0  # characters of the prompt before the answer
         self._logprobs: list[PlacedLogprob] = []
 
     async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
         before: float | None = None
         async for token in self.generation:
+            if self._echo is not None and before is None:
+                yield self._prompt(self._echo)
             before = record.token(before)
             text = self._push(token)
             if self._text.stopped:
@@ -60,18 +78,34 @@ class Answer:
             if text:
                 yield Piece(self.index, text, self._taken())
         else:
+            if self._echo is not None and before is None:
+                yield self._prompt(self._echo)
             text = self._text.finish()
         self.finish_reason = "stop" if self._text.stopped else self.generation.finish_reason
-        logprobs = tuple(
-            p for p in self._taken() if not self._text.stopped or p.offset < self._text.given
-        )
-        yield Piece(self.index, text, logprobs, self.finish_reason)
+        yield Piece(self.index, text, self._last_logprobs(), self.finish_reason)
+
+    def _prompt(self, first: int) -> Piece:
+        ids, found = self.generation.prompt_ids, self.generation.prompt_logprobs
+        text, placed, decoder = "", [], StreamDecoder(self._tokenizer)
+        for token, logprob in zip(ids, [None, *found] if found else [None] * len(ids), strict=True):
+            placed.append(PlacedLogprob(token, logprob, len(text)))
+            if len(placed) > first:
+                text += decoder.push(token)
+        text += decoder.finish()
+        self._begin = len(text)
+        wanted = self.generation.params.logprobs is not None
+        return Piece(self.index, text, tuple(placed) if wanted else ())
 
     def _push(self, token: int) -> str:
-        offset = self._text.decoded
         if self.generation.params.logprobs is not None:
-            self._logprobs.append(PlacedLogprob(self.generation.logprobs[-1], offset))
+            offset = self._begin + self._text.decoded
+            self._logprobs.append(PlacedLogprob(token, self.generation.logprobs[-1], offset))
         return self._text.push(token)
+
+    def _last_logprobs(self) -> tuple[PlacedLogprob, ...]:
+        """Without those of the stop string, which is no part of the text."""
+        end = self._begin + self._text.given
+        return tuple(p for p in self._taken() if not self._text.stopped or p.offset < end)
 
     def _taken(self) -> tuple[PlacedLogprob, ...]:
         taken = tuple(self._logprobs)

@@ -8,7 +8,6 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from nybble.serve.answers import Answers, Piece, PlacedLogprob
-from nybble.serve.errors import unsupported
 from nybble.serve.host import host_of, record_of
 from nybble.serve.logprobs import completion_logprobs
 from nybble.serve.protocol import CompletionRequest
@@ -33,11 +32,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response | C
     service = host.service
     model = service.model(body.model)
     body.check()
-    if body.echo:
-        raise unsupported("echo")
     params = service.params(body.sampling())
     prompts = [await service.prompt_ids(prompt) for prompt in body.prompts]
-    answers = service.start(prompts, params, body.n, record_of(request))
+    # A text comes back as it was sent, without the token that was put before it.
+    prefix = len(service.tokenizer.prompt_prefix_ids)
+    echoes = [prefix if isinstance(prompt, str) else 0 for prompt in body.prompts]
+    answers = service.start(
+        prompts, params, body.n, record_of(request), echoes=echoes if body.echo else None
+    )
     completion = _Completion(service, model, body)
     if body.stream:
         events = completion.events(answers)

@@ -19,9 +19,9 @@ _LEAST = -9999.0
 
 def chat_logprobs(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLogprobs:
     content = []
-    for item in placed:
-        chosen = _entry(tokenizer, item.logprob.token_id, item.logprob.logprob)
-        top = [_entry(tokenizer, token, value) for token, value in item.logprob.top]
+    for entry in (item.logprob for item in placed if item.logprob is not None):
+        chosen = _entry(tokenizer, entry.token_id, entry.logprob)
+        top = [_entry(tokenizer, token, value) for token, value in entry.top]
         content.append(ChatTokenLogprob(**dict(chosen), top_logprobs=top))
     return ChatLogprobs(content=content)
 
@@ -39,13 +39,17 @@ def completion_logprobs(
     """The alternatives of a token name the token itself too, as OpenAI's do."""
     result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for item in placed:
-        entry = item.logprob
-        name, value = _name(tokenizer, entry.token_id), max(entry.logprob, _LEAST)
-        top = {_name(tokenizer, token): max(other, _LEAST) for token, other in entry.top}
+        name = _name(tokenizer, item.token)
         result.tokens.append(name)
-        result.token_logprobs.append(value)
-        result.top_logprobs.append({**top, name: value})
         result.text_offset.append(item.offset)
+        if item.logprob is None:
+            result.token_logprobs.append(None)
+            result.top_logprobs.append(None)
+        else:
+            value = max(item.logprob.logprob, _LEAST)
+            top = {_name(tokenizer, token): max(p, _LEAST) for token, p in item.logprob.top}
+            result.token_logprobs.append(value)
+            result.top_logprobs.append({**top, name: value})
     return result
 
 

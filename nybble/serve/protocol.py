@@ -159,10 +159,15 @@ class ChatRequest(Generating):
 # -- completions ---------------------------------------------------------------------------------
 
 Prompt = str | list[int]
+_COMPLETION_TOKENS = 16
 
 
 class CompletionRequest(Generating):
-    """POST /v1/completions."""
+    """POST /v1/completions.
+
+    echo puts the prompt before the answer, with its log-probabilities where they are asked for;
+    max_tokens may be 0 then. Left out, max_tokens is 16, as OpenAI's API says.
+    """
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
@@ -177,6 +182,12 @@ class CompletionRequest(Generating):
                 "give a text, a list of texts, a list of token ids, or a list of such lists"
             )
         return read(value)
+
+    def sampling(self) -> dict[str, Any]:
+        given = {"max_tokens": _COMPLETION_TOKENS, **super().sampling()}
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            given["prompt_logprobs"] = self.logprobs or 0
+        return given
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nybble.engine.constraint import Constraint
 from nybble.engine.loop import AsyncEngine
 from nybble.errors import ConfigError
 from nybble.llm import LLM
@@ -69,9 +70,20 @@ class Service:
         return replace(self.llm.default_params, **given)
 
     def start(
-        self, prompts: Sequence[list[int]], params: SamplingParams, n: int, record: RequestRecord
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        n: int,
+        record: RequestRecord,
+        *,
+        constraint: Callable[[], Constraint] | None = None,
+        echoes: Sequence[int] | None = None,
     ) -> Answers:
-        """Queue n answers to each prompt, all or none. Raises what AsyncEngine.submit does."""
+        """Queue n answers to each prompt, all or none. Raises what AsyncEngine.submit does.
+
+        constraint: makes a fresh one for each answer. echoes: each prompt comes before its
+        answers, from this token of it on.
+        """
         if len(prompts) * n > self.engine.most:
             field = "n" if n > 1 else "prompt"
             raise refused(
@@ -81,10 +93,12 @@ class Service:
             )
         answers: list[Answer] = []
         try:
-            for prompt in prompts:
+            for number, prompt in enumerate(prompts):
+                echo = None if echoes is None else echoes[number]
                 for choice in range(n):
-                    generation = self.engine.submit(prompt, _seeded(params, choice))
-                    answers.append(Answer(len(answers), generation, self.tokenizer))
+                    rules = None if constraint is None else constraint()
+                    generation = self.engine.submit(prompt, _seeded(params, choice), rules)
+                    answers.append(Answer(len(answers), generation, self.tokenizer, echo))
         except BaseException:
             for answer in answers:
                 answer.close()
