@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import httpx2
 import pytest
+import toy
 from prometheus_client.parser import text_string_to_metric_families
 from serving import serving, wait_for
 
@@ -24,8 +25,10 @@ AT_REST = {
 
 
 @pytest.fixture(scope="module")
-def busy(toy_folder):
-    llm = LLM(toy_folder, dtype="float32", threads=1, max_running=32)
+def busy(tmp_path_factory):
+    """Its context is so long that whoever is not stopped answers for minutes."""
+    folder = toy.write_llama(tmp_path_factory.mktemp("toy"), max_position_embeddings=2**15)
+    llm = LLM(folder, dtype="float32", threads=1, max_running=32)
     with serving(llm, metrics=Metrics()) as running:
         yield running
 
