@@ -57,7 +57,8 @@ def serving(
     load = (lambda: llm) if isinstance(llm, LLM) else llm
     app = create_app(load, settings, metrics)
     with socket.create_server((settings.host, 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,0 +1,193 @@
+"""What stands before the routes: the key, sizes, origins, ids, the log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from serving import serving
+
+from nybble.errors import ConfigError
+from nybble.serve.settings import ServerSettings
+
+CHAT = {"messages": [{"role": "user", "content": "the secret fox"}], "max_tokens": 2}
+PATH = "/v1/chat/completions"
+
+
+def error_of(reply):
+    """The one shape that all errors have."""
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json().keys() == {"error"}
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"].endswith(".")
+    return error
+
+
+# -- the key ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked(llm):
+    with serving(llm, api_key="open sesame", max_body=2000) as server, server.client() as http:
+        yield http
+
+
+HEADERS = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "open sesame"}]
+
+
+@pytest.mark.parametrize("headers", [*HEADERS, {"Authorization": "Bearer ü"}], ids=str)
+@pytest.mark.parametrize(
+    "path", [PATH, "/v1/models", "/metrics", "/tokenize", "/nosuch", "/openapi.json"]
+)
+def test_without_the_key_nothing_is_told(locked, path, headers):
+    headers = {name: value.encode() for name, value in headers.items()}
+    reply = locked.post(path, json=CHAT, headers=headers)
+    assert reply.status_code == 401
+    assert error_of(reply)["code"] == "invalid_api_key"
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+def test_with_the_key_and_without_need_of_one(locked):
+    reply = locked.post(PATH, json=CHAT, headers={"Authorization": "Bearer open sesame"})
+    assert reply.status_code == 200
+    assert locked.get("/health").status_code == 200
+    assert locked.get("/").status_code == 200
+
+
+def test_a_public_address_needs_a_key_or_a_word():
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        with pytest.raises(ConfigError, match="--api-key"):
+            ServerSettings(names=("m",), host=host)
+        ServerSettings(names=("m",), host=host, api_key="k")
+        ServerSettings(names=("m",), host=host, allow_public=True)
+    for host in ("127.0.0.1", "::1", "localhost"):
+        ServerSettings(names=("m",), host=host)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"names": ()},
+        {"port": 70000},
+        {"api_key": ""},
+        {"api_key": "schlüssel"},
+        {"max_body": 0},
+        {"drain_seconds": -1.0},
+        {"request_seconds": float("nan")},
+        {"max_waiting": -1},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(bad):
+    with pytest.raises(ConfigError, match=r": |give"):
+        ServerSettings(**{"names": ("m",), **bad})
+
+
+# -- sizes and shapes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_that_is_too_large(locked, told):
+    data = b"x" * 3000
+    content = data if told else (data[i : i + 100] for i in range(0, 3000, 100))
+    reply = locked.post(PATH, content=content, headers={"Authorization": "Bearer open sesame"})
+    assert reply.status_code == 413
+    assert "2000 bytes" in error_of(reply)["message"]
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe",
+    b'{"messages": "\xed\xa0\x80"}',
+    b"[" * 5000,
+    b'{"max_tokens": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: str(content[:30]))
+def test_bodies_that_are_no_json(http, content):
+    reply = http.post(PATH, content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert error_of(reply)["type"] == "invalid_request_error"
+
+
+def test_a_body_of_another_type(http):
+    reply = http.post(PATH, content=b'{"messages": []}', headers={"Content-Type": "text/plain"})
+    assert reply.status_code == 400
+    assert "application/json" in error_of(reply)["message"]
+
+
+def test_lone_surrogates_are_refused(http):
+    content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    reply = http.post(PATH, content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+
+
+def test_paths_and_methods_that_do_not_exist(http):
+    reply = http.get("/v1/nosuch")
+    assert reply.status_code == 404
+    error_of(reply)
+    reply = http.get(PATH)
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == "POST"
+    error_of(reply)
+
+
+# -- origins ---------------------------------------------------------------------------------------
+
+
+def preflight(http, origin):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    return http.options(
+        PATH, headers={**headers, "Access-Control-Request-Headers": "authorization"}
+    )
+
+
+def test_other_origins_are_shut_out_by_default(http):
+    assert "access-control-allow-origin" not in preflight(http, "https://a.example").headers
+
+
+def test_an_origin_that_was_let_in(llm):
+    with (
+        serving(llm, cors_origins=("https://a.example",), api_key="k") as server,
+        server.client() as http,
+    ):
+        reply = preflight(http, "https://a.example")
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-origin"] == "https://a.example"
+        assert preflight(http, "https://b.example").status_code == 400
+        reply = http.post(PATH, json=CHAT, headers={"Origin": "https://a.example"})
+        assert reply.status_code == 401
+        assert reply.headers["access-control-allow-origin"] == "https://a.example"
+
+
+# -- ids and the log -------------------------------------------------------------------------------
+
+
+def test_a_request_id_is_taken_if_it_is_sane(http):
+    assert (
+        http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    )
+    for bad in ("a b", "x" * 200, "ü".encode()):
+        made = http.get("/health", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert made.startswith("req-")
+
+
+def test_the_log_tells_how_much_but_never_what(http, caplog):
+    with caplog.at_level(logging.DEBUG):
+        http.post(PATH, json={**CHAT, "user": "Ann"}, headers={"x-request-id": "mine-2"})
+        http.post(PATH, json={**CHAT, "temperature": -1})
+        http.get("/the/secret/fox")
+        http.post("/tokenize", json={"prompt": "the secret fox"})
+    records = [r for r in caplog.records if not r.name.startswith(("httpx2", "httpcore2"))]
+    lines = [record.getMessage() for record in records]
+    assert lines[0].startswith("mine-2 POST /v1/chat/completions 200 ")
+    assert "+ 2 tokens" in lines[0]
+    assert " 400 " in lines[1]
+    assert " 404 " in lines[2]
+    assert len(lines) == 4
+    assert not any(word in line for line in lines for word in ("secret", "fox", "Ann"))
