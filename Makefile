@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 
-.PHONY: chat test test-gpu check format bench-cpu clean
+.PHONY: chat serve test test-gpu check format bench-cpu clean
 
 chat: $(DEMO)
 ifdef PROMPT
@@ -14,6 +14,9 @@ else
 	@$(BIN)/nybble chat demo
 endif
 export PROMPT
+
+serve: $(DEMO) $(VENV)/.serve
+	@$(BIN)/nybble serve demo --open
 
 test: $(DEMO) $(VENV)/.dev
 	$(BIN)/pytest --cov=nybble --cov-report=term:skip-covered --cov-fail-under=90
@@ -46,6 +49,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.serve: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	@touch $@
 
 $(DEMO): $(READY)
