@@ -12,8 +12,9 @@ import torch
 from nybble.checkpoint import Checkpoint, read_json
 from nybble.config import EngineConfig, JsonReader, ModelConfig, token_ids
 from nybble.engine.engine import Engine
-from nybble.errors import ConfigError, RequestError
+from nybble.errors import RequestError
 from nybble.kernels import select_backend
+from nybble.kernels.device import find_device
 from nybble.memory import finest_cache
 from nybble.model import read_model_config
 from nybble.model.loader import load_decoder
@@ -97,7 +98,7 @@ class LLM:
         exact, dtype = options.dtype == "float32", _DTYPES.get(options.dtype)
         checkpoint = Checkpoint.open(self.folder)
         self.backend = select_backend(
-            _device(options.device), exact=exact, dtype=dtype or self._stored_dtype(checkpoint)
+            find_device(options.device), exact=exact, dtype=dtype or self._stored_dtype(checkpoint)
         )
         logger.info("Running on %s", self.backend.name)
         decoder = load_decoder(checkpoint, self.config, self.backend, dtype, loading)
@@ -271,21 +272,6 @@ class _GenerationDefaults:
         path = folder / "generation_config.json"
         data = read_json(path) if path.exists() else {}
         return cls(JsonReader(data, str(path)))
-
-
-def _device(name: str) -> torch.device:
-    """auto: the GPU if its kernels can run, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}: use auto, cpu, cuda or cuda:1.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch finds no GPU: use cpu.")
-    return device
 
 
 def _is_ids(value: object) -> TypeGuard[Sequence[int]]:

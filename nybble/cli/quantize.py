@@ -64,7 +64,9 @@ class Calibration:
 class Work:
     """Where and how the work is done."""
 
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = (
+        "cpu"
+    )
     offload: Annotated[bool, typer.Option("--offload", help="Keep hidden states off the GPU.")] = (
         False
     )

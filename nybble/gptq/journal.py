@@ -69,6 +69,8 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._layers():  # nothing to go on with
+            shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
     def __contains__(self, index: int) -> bool:
@@ -97,8 +99,9 @@ class Journal:
 
     def _check_settings(self) -> None:
         path = self.folder / _SETTINGS
-        if not path.exists():
-            for left in self.folder.glob("layer-*"):  # of a removal that was interrupted
+        layers = self._layers()
+        if not path.exists() or not layers:
+            for left in layers:  # of a removal that was interrupted
                 left.unlink()
             self._write(path, json.dumps(self._settings, indent=2).encode())
             return
@@ -109,6 +112,9 @@ class Journal:
                 f"{self.folder} holds an unfinished run that differs in {', '.join(changed)}: "
                 "repeat its settings to go on with it, or delete that folder to start anew."
             )
+
+    def _layers(self) -> list[Path]:
+        return list(self.folder.glob("layer-*.safetensors"))
 
     def _write(self, path: Path, data: bytes) -> None:
         partial = path.with_suffix(".partial")

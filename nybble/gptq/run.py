@@ -25,6 +25,7 @@ from nybble.gptq.output import read_report, write_folder
 from nybble.gptq.report import ModuleResult, Report
 from nybble.gptq.solver import Solution, SolverOptions, corrected_target, solve
 from nybble.kernels.backend import LinearFn
+from nybble.kernels.device import find_device
 from nybble.kernels.ref import dequantize
 from nybble.kernels.torch_cpu import TorchBackend
 from nybble.model import read_model_config
@@ -93,7 +94,9 @@ def quantize_checkpoint(
 
 def _refuse_taken(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is not empty: choose another folder, or empty it first.")
+        raise ConfigError(
+            f"{target} is not an empty folder: choose another name, or empty it first."
+        )
 
 
 def _checked_config(
@@ -130,7 +133,7 @@ def _settings(
         "quant": asdict(quant),
         "solver": asdict(options.solver),
         "correct": options.correct,
-        "device": torch.device(options.device).type,
+        "device": find_device(options.device).type,
         "calibration": {
             "windows": len(windows),
             "tokens": sum(map(len, windows)),
@@ -167,7 +170,7 @@ class _Run:
         self._checkpoint, self._config = checkpoint, config
         self._quant, self._options = quant, options
         self._journal, self._progress = journal, progress
-        device = torch.device(options.device)
+        device = find_device(options.device)
         # The CPU multiplies fp32 well enough; a GPU needs 16 bits to be fast.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self._backend = TorchBackend(device, dtype)

@@ -209,7 +209,8 @@ def test_sigkill_at_any_stage_changes_nothing(llama, tmp_path, windows, content)
 
 def test_other_settings_do_not_continue_a_run(llama, tmp_path, windows):
     def interrupt(result, done, total):
-        raise Killed
+        if done == 5:
+            raise Killed
 
     target = tmp_path / "out"
     with pytest.raises(Killed):
@@ -219,6 +220,25 @@ def test_other_settings_do_not_continue_a_run(llama, tmp_path, windows):
     with pytest.raises(ConfigError, match="differs in calibration"):
         quantize_checkpoint(llama, target, INT4, windows[:2])
     quantize_checkpoint(llama, target, INT4, windows)
+
+
+def test_a_run_without_a_finished_layer_binds_nobody(llama, tmp_path, windows):
+    def interrupt(result, done, total):
+        raise Killed
+
+    target = tmp_path / "out"
+    with pytest.raises(Killed):
+        quantize_checkpoint(llama, target, INT4, windows, progress=interrupt)
+    assert not list(tmp_path.glob(".*"))
+    quantize_checkpoint(llama, target, INT8, windows)
+
+
+@pytest.mark.parametrize("device", ["cuda", "toaster"])
+def test_a_device_that_is_not_there_is_refused(llama, tmp_path, windows, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device is"):
+        quantize_checkpoint(llama, tmp_path / "out", INT4, windows, RunOptions(device=device))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_journal_is_named(llama, tmp_path, windows):
@@ -251,7 +271,7 @@ def test_a_target_that_is_not_empty_is_left_alone(llama, tmp_path, windows, cont
     target = tmp_path / "out"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="not an empty folder"):
         quantize_checkpoint(llama, target, INT4, windows)
     assert content(target) == {"thesis.txt": b"mine"}
     assert not list(tmp_path.glob(".*"))
