@@ -17,7 +17,7 @@ from nybble.serve.errors import SERVER, ApiError, as_api_error, unsupported
 from nybble.serve.host import Host, Loader, record_of
 from nybble.serve.record import Metrics
 from nybble.serve.responses import ErrorReply
-from nybble.serve.security import BodyLimit, KeyCheck, Recorder, error_response
+from nybble.serve.security import BodyLimit, HostCheck, KeyCheck, Recorder, error_response
 from nybble.serve.settings import ServerSettings
 from nybble.serve.sse import ClientGoneError
 
@@ -25,6 +25,10 @@ _GENERATING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorReply, "description": "The request cannot be answered."},
     "5XX": {"model": ErrorReply, "description": "The server cannot answer."},
+}
+# With stream: true the same status brings events instead of one object.
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
 
 
@@ -46,8 +50,9 @@ def create_app(
             yield
 
     app = FastAPI(title="nybble", docs_url=None, redoc_url=None, lifespan=lifespan)
-    for part in (chat, completions, models):
-        app.include_router(part.router, responses=_ERRORS)
+    for part in (chat, completions):
+        app.include_router(part.router, responses=_ERRORS | _STREAMED)
+    app.include_router(models.router, responses=_ERRORS)
     app.include_router(page.router)
     _guard(app, settings, metrics)
     _shape_errors(app)
@@ -59,6 +64,8 @@ def _guard(app: FastAPI, settings: ServerSettings, metrics: Metrics | None) -> N
     app.add_middleware(BodyLimit, most=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
+    elif not settings.allow_public:
+        app.add_middleware(HostCheck)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -122,6 +122,15 @@ def unauthorised() -> ApiError:
     )
 
 
+def unknown_host() -> ApiError:
+    return ApiError(
+        403,
+        "Without an API key this server answers to localhost only: use that name, or start it "
+        "with --api-key, or with --allow-public.",
+        code="unknown_host",
+    )
+
+
 def too_large(limit: int) -> ApiError:
     return ApiError(
         413,

@@ -1,4 +1,4 @@
-"""What stands before every route: request ids and the log line, the key, the size of a body."""
+"""What stands before every route: ids and the log line, names, the key, the size of a body."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nybble.serve.errors import ApiError, too_large, unauthorised
+from nybble.serve.errors import ApiError, too_large, unauthorised, unknown_host
 from nybble.serve.record import Metrics, RequestRecord
 
 logger = logging.getLogger("nybble.serve")
 
 _BODY_SECONDS = 60.0
+# What somebody asks every few seconds: no line each.
+_POLLED = ("/health", "/metrics")
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -62,7 +65,8 @@ def _log(scope: Scope, record: RequestRecord, status: int) -> None:
     # The route, not the path: what a client makes up stays out of the log.
     route = getattr(scope.get("route"), "path", "-")
     tokens = f"{record.prompt_tokens} + {record.new_tokens} tokens"
-    logger.info(
+    logger.log(
+        logging.DEBUG if route in _POLLED else logging.INFO,
         "%s %s %s %d %s, %s, %.3f s",
         record.id,
         scope["method"],
@@ -72,6 +76,25 @@ def _log(scope: Scope, record: RequestRecord, status: int) -> None:
         tokens,
         record.seconds,
     )
+
+
+class HostCheck:
+    """403 for requests under another name than this machine's own.
+
+    Any web page can point a name of its own at 127.0.0.1, and is then in the eyes of its
+    visitor's browser allowed to talk to a server there (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            name = re.sub(r":\d+$", "", Headers(scope=scope).get("host", ""))
+            if name.lower() not in _LOCAL_NAMES:
+                await error_response(unknown_host())(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class KeyCheck:

@@ -84,6 +84,23 @@ def test_settings_that_cannot_work_are_refused(bad):
         ServerSettings(**{"names": ("m",), **bad})
 
 
+def test_without_a_key_only_this_machines_names_are_answered(llm, http):
+    """A page of another site cannot reach the server under a name of its own."""
+    for good in ("localhost", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000", "[::1]"):
+        assert http.get("/version", headers={"host": good}).status_code == 200
+    for bad in ("evil.example", "127.0.0.1.evil.example:8000", "localhost.evil.example", ""):
+        reply = http.get("/version", headers={"host": bad})
+        assert reply.status_code == 403
+        assert error_of(reply)["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize("options", [{"allow_public": True}, {"api_key": "k"}], ids=str)
+def test_behind_a_proxy_any_name_will_do(llm, options):
+    headers = {"host": "llm.example", "authorization": "Bearer k"}
+    with serving(llm, **options) as server, server.client() as http:
+        assert http.get("/version", headers=headers).status_code == 200
+
+
 # -- sizes and shapes ------------------------------------------------------------------------------
 
 
