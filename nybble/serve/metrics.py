@@ -23,6 +23,10 @@ from prometheus_client.registry import Collector
 
 from nybble.engine.engine import Engine
 
+# Series are there from the beginning, so that a rate sees the first one counted, too.
+_FINISHED = ("stop", "length", "tool_calls", "abort", "error")
+_REJECTED = ("invalid_request", "context_length_exceeded", "model_not_found", "rate_limit_exceeded")
+
 _INF = float("inf")
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, _INF)
 _BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, _INF)
@@ -77,6 +81,10 @@ class Metrics:
         self._answers = self._histogram(
             "nybble_request_generated_tokens", "Tokens of a finished request's answer.", _TOKENS
         )
+        for reason in _FINISHED:
+            self._finished.labels(reason)
+        for reason in _REJECTED:
+            self._rejected.labels(reason)
         ProcessCollector(registry=registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,7 +14,13 @@ from nybble.sampling import SamplingParams
 from nybble.serve.metrics import Metrics
 
 DASHBOARD = json.loads(files("nybble.serve").joinpath("grafana.json").read_text())
+DOCS = Path(__file__).parents[3] / "docs" / "operating.md"
 PROMPT = [7 * i % 150 for i in range(140)]  # two full pages and a part
+
+
+def queries():
+    panels = DASHBOARD["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
 @pytest.fixture
@@ -56,13 +63,20 @@ def test_a_request_is_counted_from_arrival_to_end(metrics):
 
 
 def test_refusals_are_counted_by_reason(metrics):
-    for reason in ("queue_full", "queue_full", "context_length_exceeded"):
+    for reason in ("rate_limit_exceeded", "rate_limit_exceeded", "context_length_exceeded"):
         metrics.arrived()
         metrics.rejected(reason)
     seen = samples(metrics)
-    assert seen["nybble_requests_rejected_total", "queue_full"] == 2
+    assert seen["nybble_requests_rejected_total", "rate_limit_exceeded"] == 2
     assert seen["nybble_requests_rejected_total", "context_length_exceeded"] == 1
     assert seen["nybble_requests_in_progress",] == 0
+
+
+def test_a_first_refusal_is_a_step_from_zero(metrics):
+    """A series that begins with 1 has no rate, so that nobody would see it."""
+    seen = samples(metrics)
+    assert seen["nybble_requests_rejected_total", "rate_limit_exceeded"] == 0
+    assert seen["nybble_requests_finished_total", "error"] == 0
 
 
 def test_servers_do_not_share_counts(metrics):
@@ -93,17 +107,12 @@ def test_the_engine_is_read_at_each_scrape(metrics, engine):
     assert 0 < seen["nybble_prefix_cache_hit_tokens_total",] < len(PROMPT)
 
 
-def queries():
-    panels = DASHBOARD["panels"]
-    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
-
-
-def test_the_dashboard_asks_only_for_what_exists(metrics, engine):
+@pytest.mark.parametrize("text", [" ".join(queries()), DOCS.read_text()], ids=["grafana", "docs"])
+def test_dashboard_and_docs_name_what_exists(text, metrics, engine):
     metrics.watch(engine)
-    metrics.finished("stop", 1, 1, 1.0)
-    metrics.rejected("queue_full")
     there = {key[0] for key in samples(metrics)}
-    asked = {name for query in queries() for name in re.findall(r"\b(?:nybble|process)_\w+", query)}
+    there |= {name.removesuffix("_bucket") for name in there}
+    asked = set(re.findall(r"\b(?:nybble|process)_\w+", text)) - {"process_"}
     assert len(asked) > 12
     assert asked <= there
 
