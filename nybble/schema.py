@@ -78,8 +78,8 @@ _PATTERN_PIECE = re.compile(
 )
 
 
-def check_schema(schema: object) -> None:
-    """RequestError, naming the place and the keyword, unless `schema` can be enforced.
+def check_schema(schema: object) -> int:
+    """How many parts `schema` has; RequestError, naming the place, unless it can be enforced.
 
     schema: as in JSON Schema 2020-12, of which OpenAI's structured output is a part. Formats
     are kept in their shape: "date" may be 2023-02-31.
@@ -94,7 +94,9 @@ def check_schema(schema: object) -> None:
         )
     if not isinstance(schema, Mapping):
         raise RequestError(f"The schema is {schema!r}: give a JSON object.")
-    _Checker(schema).check(schema, "schema")
+    checker = _Checker(schema)
+    checker.check(schema, "schema")
+    return checker.parts
 
 
 class _Checker:
@@ -103,6 +105,10 @@ class _Checker:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._seen: set[int] = set()
+
+    @property
+    def parts(self) -> int:
+        return len(self._seen)
 
     def check(self, schema: object, where: str) -> None:
         if schema is True or id(schema) in self._seen:

@@ -76,6 +76,7 @@ class Engine:
     ) -> None:
         self.decoder = decoder
         self.device = decoder.embed_tokens.device
+        self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.kv_dtype = kv_dtype
         self.prefill_chunk = prefill_chunk
@@ -129,7 +130,8 @@ class Engine:
         self.check_ids(ids)
         if constraint is not None and params.ignore_eos:
             raise RequestError(
-                "An answer in a required form ends where the form does: leave ignore_eos out."
+                "An answer in a required form ends where the form does: leave ignore_eos out.",
+                "ignore_eos",
             )
         if len(ids) >= self.max_context:
             raise CapacityError(

@@ -62,6 +62,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._text = TextBuilder(tokenizer, generation.params)
         self._echo = echo
+        self._enough = False  # whether the reader has all that it wants
         self._begin = 0  # characters of the prompt before the answer
         self._logprobs: list[PlacedLogprob] = []
 
@@ -81,7 +82,8 @@ class Answer:
             if self._echo is not None and before is None:
                 yield self._prompt(self._echo)
             text = self._text.finish()
-        self.finish_reason = "stop" if self._text.stopped else self.generation.finish_reason
+        stopped = self._text.stopped or self._enough
+        self.finish_reason = "stop" if stopped else self.generation.finish_reason
         yield Piece(self.index, text, self._last_logprobs(), self.finish_reason)
 
     def _prompt(self, first: int) -> Piece:
@@ -115,6 +117,11 @@ class Answer:
     def close(self, error: NybbleError | None = None) -> None:
         """End it where it stands; error: what its reader is told."""
         self.generation.close(error)
+
+    def stop(self) -> None:
+        """End it as a stop string would: its reader has all that it wants."""
+        self._enough = True
+        self.close()
 
 
 class Answers:
@@ -154,6 +161,10 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self._answers)
+
+    def stop(self, index: int) -> None:
+        """Generate no more of one answer: its last piece comes next."""
+        self._answers[index].stop()
 
     def _expire(self) -> None:
         for answer in self._answers:

@@ -19,12 +19,14 @@ from nybble.serve.responses import (
     ChatUsageChunk,
     ChunkChoice,
     Delta,
-    Message,
     new_id,
     now,
 )
 from nybble.serve.service import Service
 from nybble.serve.sse import EventStream, while_connected
+from nybble.serve.structured import answer_grammar
+from nybble.serve.toolcalls import Speech, tool_use
+from nybble.tools import ToolPrompt
 
 router = APIRouter()
 
@@ -36,12 +38,17 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     service = host.service
     model = service.model(body.model)
     body.check()
-    params = service.params(body.sampling())
-    ids = await service.chat_ids(
-        [message.as_prompt() for message in body.messages], body.chat_template_kwargs or {}
-    )
-    answers = service.start([ids], params, body.n, record_of(request))
-    chat = _Chat(service, model, body)
+    use = tool_use(body, service.tokenizer)
+    messages = [message.as_prompt() for message in body.messages]
+    prompt = use.prompt(messages) if use else ToolPrompt(messages)
+    params = service.params(body.sampling(), use.stop if use else ())
+    ids = await service.chat_ids(prompt, body.chat_template_kwargs or {})
+    resumed = bool(prompt.reply)
+    grammar = await answer_grammar(body, use, resumed, service.grammars)
+    constraint = grammar.constraint if grammar else None
+    answers = service.start([ids], params, body.n, record_of(request), constraint=constraint)
+    speeches = [use.speech(resumed=resumed) if use else Speech() for _ in range(body.n)]
+    chat = _Chat(service, model, body, speeches)
     if body.stream:
         return await EventStream.open(chat.events(answers), host.settings.keep_alive_seconds)
     return await while_connected(request.receive, chat.whole(answers))
@@ -50,8 +57,11 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
 class _Chat:
     """Turns the answers to one chat into what its client gets."""
 
-    def __init__(self, service: Service, model: str, body: ChatRequest) -> None:
+    def __init__(
+        self, service: Service, model: str, body: ChatRequest, speeches: Sequence[Speech]
+    ) -> None:
         self.service = service
+        self.speeches = speeches
         self.model = model
         self.id = new_id("chatcmpl")
         self.created = now()
@@ -59,22 +69,21 @@ class _Chat:
         self.usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def whole(self, answers: Answers) -> ChatReply:
-        texts = [""] * len(answers)
-        logprobs: list[list[PlacedLogprob]] = [[] for _ in texts]
+        logprobs: list[list[PlacedLogprob]] = [[] for _ in self.speeches]
         reasons = [""] * len(answers)
-        async with answers:
-            async for piece in answers.pieces():
-                texts[piece.index] += piece.text
+        async with answers, aclosing(answers.pieces()) as pieces:
+            async for piece in pieces:
+                self._hear(piece, answers)
                 logprobs[piece.index] += piece.logprobs
                 reasons[piece.index] = piece.finish_reason or ""
         choices = [
             ChatChoice(
                 index=index,
-                message=Message(content=text),
+                message=speech.message(),
                 logprobs=self._logprobs(logprobs[index]),
-                finish_reason=reasons[index],
+                finish_reason=speech.reason(reasons[index], streamed=False),
             )
-            for index, text in enumerate(texts)
+            for index, speech in enumerate(self.speeches)
         ]
         return ChatReply(
             id=self.id,
@@ -93,7 +102,7 @@ class _Chat:
                 )
             async with aclosing(answers.pieces()) as pieces:
                 async for piece in pieces:
-                    for choice in self._choices(piece):
+                    for choice in self._choices(piece, answers):
                         yield self._chunk(choice)
             if self.usage:
                 yield ChatUsageChunk(
@@ -104,18 +113,23 @@ class _Chat:
                     usage=answers.usage,
                 ).model_dump_json()
 
-    def _choices(self, piece: Piece) -> list[ChunkChoice]:
-        choices = []
-        if piece.text or piece.logprobs:
-            content = ChunkChoice(
-                index=piece.index,
-                delta=Delta(content=piece.text),
-                logprobs=self._logprobs(piece.logprobs),
-            )
-            choices.append(content)
+    def _hear(self, piece: Piece, answers: Answers) -> list[Delta]:
+        speech, last = self.speeches[piece.index], piece.finish_reason is not None
+        deltas = speech.hear(piece.text, last=last)
+        if speech.done and not last:
+            answers.stop(piece.index)
+        return deltas
+
+    def _choices(self, piece: Piece, answers: Answers) -> list[ChunkChoice]:
+        deltas = self._hear(piece, answers)
+        if piece.logprobs and not deltas:
+            deltas = [Delta(content="")]
+        choices = [ChunkChoice(index=piece.index, delta=delta) for delta in deltas]
+        if choices:
+            choices[0].logprobs = self._logprobs(piece.logprobs)
         if piece.finish_reason:
-            end = ChunkChoice(index=piece.index, delta=Delta(), finish_reason=piece.finish_reason)
-            choices.append(end)
+            reason = self.speeches[piece.index].reason(piece.finish_reason, streamed=True)
+            choices.append(ChunkChoice(index=piece.index, delta=Delta(), finish_reason=reason))
         return choices
 
     def _chunk(self, choice: ChunkChoice) -> str:

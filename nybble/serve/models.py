@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from nybble.serve.errors import ApiError, unknown_model
 from nybble.serve.host import host_of
-from nybble.serve.protocol import DetokenizeRequest, TokenizeRequest
+from nybble.serve.protocol import DetokenizeRequest, TokenizeRequest, check_messages
 from nybble.serve.responses import (
     DetokenizeReply,
     Health,
@@ -19,6 +19,7 @@ from nybble.serve.responses import (
     Version,
 )
 from nybble.serve.service import Service
+from nybble.tools import ToolPrompt
 
 router = APIRouter()
 
@@ -81,9 +82,10 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
 
 async def _ids(body: TokenizeRequest, service: Service) -> list[int]:
     if body.messages is not None:
-        messages = [message.as_prompt() for message in body.messages]
+        check_messages(body.messages)
+        prompt = ToolPrompt([message.as_prompt() for message in body.messages])
         options = {"add_generation_prompt": body.add_generation_prompt}
-        return await service.chat_ids(messages, options)
+        return await service.chat_ids(prompt, options)
     prefix = service.tokenizer.prompt_prefix_ids if body.add_special_tokens else ()
     text = body.prompt or ""
     return [*prefix, *await asyncio.to_thread(service.tokenizer.encode, text)]

@@ -68,10 +68,29 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class Function(BaseModel):
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Message(BaseModel):
+    """content is null where the model calls tools and says nothing beside."""
+
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    tool_calls: list[Call] | None = Field(default=None, exclude_if=_is_none)
+    function_call: Function | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChatChoice(BaseModel):
@@ -90,9 +109,25 @@ class ChatReply(BaseModel):
     usage: Usage
 
 
+class FunctionDelta(SparseModel):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(SparseModel):
+    """The first delta of a call has its id and name, the others pieces of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(SparseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChunkChoice(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any
 from nybble.engine.constraint import Constraint
 from nybble.engine.loop import AsyncEngine
 from nybble.errors import ConfigError
+from nybble.grammar import GrammarCompiler
 from nybble.llm import LLM
 from nybble.outputs import no_tokenizer
 from nybble.sampling import SamplingParams
@@ -18,6 +19,7 @@ from nybble.serve.answers import Answer, Answers
 from nybble.serve.errors import refused, unknown_model
 from nybble.serve.record import RequestRecord
 from nybble.tokenizer import Tokenizer
+from nybble.tools import ToolPrompt
 
 
 class Service:
@@ -40,6 +42,7 @@ class Service:
         self.names = tuple(names)
         self.request_seconds = request_seconds
         self.tokenizer: Tokenizer = llm.tokenizer
+        self.grammars = GrammarCompiler(self.tokenizer, llm.engine.eos_ids, llm.engine.vocab_size)
         self.created = int(time.time())
 
     @property
@@ -54,20 +57,24 @@ class Service:
 
     # -- prompts, outside the event loop: a long one takes a while ---------------------------
 
-    async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> list[int]:
+    async def chat_ids(self, prompt: ToolPrompt, options: Mapping[str, Any]) -> list[int]:
         """The prompt of a chat; `options` go to the chat template."""
-        return await asyncio.to_thread(self.tokenizer.apply_chat, messages, **options)
+
+        def ids() -> list[int]:
+            chat = self.tokenizer.apply_chat(prompt.messages, prompt.tools, **options)
+            return chat + self.tokenizer.encode(prompt.reply)
+
+        return await asyncio.to_thread(ids)
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         return await asyncio.to_thread(self.llm.encode, prompt)
 
     # -- answers -------------------------------------------------------------------------------
 
-    def params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """The model's own defaults, with what a request says in their place."""
-        return replace(self.llm.default_params, **given)
+    def params(self, given: Mapping[str, Any], stop: tuple[str, ...] = ()) -> SamplingParams:
+        """The model's own defaults, with what a request says in their place, and more stops."""
+        params = replace(self.llm.default_params, **given)
+        return replace(params, stop=(*params.stop_texts, *stop))
 
     def start(
         self,

@@ -27,6 +27,7 @@ class Tokenizer(ABC):
         prompt_prefix_ids: ids that go before a raw (not chat) prompt, such as Llama's BOS.
         vocab_size: largest real id + 1; an id from here on is padding, never to be sampled.
         unused_ids: ids below `vocab_size` that mean nothing either.
+        chat_template: Jinja source of the chat form, None where it has no template.
     """
 
     special_tokens: Mapping[str, int]
@@ -35,6 +36,7 @@ class Tokenizer(ABC):
     prompt_prefix_ids: tuple[int, ...] = ()
     vocab_size: int
     unused_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
 
     def encode(
         self, text: str, allowed_special: Special = (), disallowed_special: Special = ()

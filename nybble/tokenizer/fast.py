@@ -58,7 +58,7 @@ class JsonTokenizer(Tokenizer):
         self.unused_ids = frozenset(range(self.vocab_size)) - frozenset(vocab.values())
         ends = (*_TURN_ENDS, named_tokens.get("eos_token", ""))
         self.eos_token_ids = frozenset(vocab[t] for t in ends if t in vocab)
-        self._template_source = template
+        self.chat_template = template
         self._named_tokens = dict(named_tokens)
 
     def apply_chat(
@@ -98,12 +98,12 @@ class JsonTokenizer(Tokenizer):
     def _template(self) -> ChatTemplate:
         from nybble.tokenizer.template import ChatTemplate
 
-        if self._template_source is None:
+        if self.chat_template is None:
             raise RequestError(
                 "This checkpoint has no chat template: give a plain prompt instead of a chat, or "
                 "put a chat_template.jinja into its folder."
             )
-        return ChatTemplate(self._template_source, self.special_tokens, self._named_tokens)
+        return ChatTemplate(self.chat_template, self.special_tokens, self._named_tokens)
 
     def _pattern(self, names: Collection[str]) -> re.Pattern[str]:
         longest_first = sorted((self._added[name] for name in names), key=_length, reverse=True)

@@ -136,6 +136,9 @@ class ToolFormat(Protocol):
     def forced(self, tools: Sequence[Tool], *, resumed: bool, many: bool) -> Layout:
         """The grammar of a reply that calls one of the tools, or several one after another."""
 
+    def opening(self, *, resumed: bool) -> str:
+        """What a reply begins with that calls no tool."""
+
     def guarded(self, tools: Sequence[Tool]) -> Layout:
         """The grammar of any reply whose calls are valid under the tools' schemas."""
 

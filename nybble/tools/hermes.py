@@ -60,6 +60,9 @@ class HermesFormat:
             "stop_after_first": not many,
         }
 
+    def opening(self, *, resumed: bool) -> str:
+        return ""
+
     def guarded(self, tools: Sequence[Tool]) -> Layout:
         return {
             "type": "triggered_tags",

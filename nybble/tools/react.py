@@ -55,6 +55,7 @@ Final Answer: the final answer to the original input question
 Begin!
 
 Question: {question}"""
+_KNOWN = "I now know the final answer."
 _HEAD = re.compile(r"[ \t]*(?P<name>[^\n]*?)[ \t]*\nAction Input:\s*(?=\{)")
 # What a forced call may think before it acts: one line.
 _MOST_THOUGHT = 300
@@ -87,6 +88,10 @@ class ReActFormat:
         calls = [_sequence(_text(_begin(t)), json_arguments(t.schema)) for t in tools]
         return _sequence(opening, thought, {"type": "or", "elements": calls})
 
+    def opening(self, *, resumed: bool) -> str:
+        words = f" {_KNOWN}{FINAL_ANSWER} "
+        return words if resumed else THOUGHT + words
+
     def guarded(self, tools: Sequence[Tool]) -> Layout:
         return {
             "type": "triggered_tags",
@@ -116,15 +121,15 @@ def _sequence(*elements: Layout) -> Layout:
 
 def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
     """The same chat with calls that were made together told one after another."""
-    answers = {m["tool_call_id"]: m for m in messages if m["role"] == "tool"}
-    for message in messages:
-        calls = message.get("tool_calls")
-        if calls:
-            for index, call in enumerate(calls):
-                content = message["content"] if index == 0 else ""
-                yield {"role": "assistant", "content": content, "call": call["function"]}
-                yield answers[call["id"]]
-        elif message["role"] != "tool":
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls") or ()
+        answers = messages[index + 1 : index + 1 + len(calls)]
+        by_id = {answer["tool_call_id"]: answer for answer in answers}
+        for number, call in enumerate(calls):
+            content = "" if number else message["content"]
+            yield {"role": "assistant", "content": content, "call": call["function"]}
+            yield by_id[call["id"]]
+        if not calls and message["role"] != "tool":
             yield message
 
 
@@ -144,7 +149,7 @@ def _add_turn(turns: list[dict[str, Any]], message: Message, tools: bool) -> Non
 def _spoken(content: str, call: dict[str, str] | None) -> str:
     """What the model said, in the words of the format."""
     if call is None:
-        return f"{THOUGHT} I now know the final answer.{FINAL_ANSWER} {content}"
+        return f"{THOUGHT} {_KNOWN}{FINAL_ANSWER} {content}"
     thought = content if content.startswith(THOUGHT) else f"{THOUGHT} {content}"
     return f"{thought}{ACTION} {call['name']}{ACTION_INPUT} {call['arguments']}"
 
