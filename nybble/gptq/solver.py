@@ -14,7 +14,6 @@ Steps 2 and 3 are one routine, `round_with_feedback`, given two different matric
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from nybble.config import QuantConfig
 from nybble.errors import NumericsError
 from nybble.gptq.grid import fp16_scale, round_to_grid, search_grid
+from nybble.kernels.cuda import rounding as cuda_rounding
 
 _BLOCK = 64
 _MOST_DAMP = 1.0
@@ -149,26 +149,49 @@ def round_with_feedback(
     errors: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    groups: Sequence[int],
+    groups: torch.Tensor,
     top: int,
 ) -> torch.Tensor:
     """Round each row k of weight (K, N) at weight[k] + sum_j feedback[j, k] * errors[j].
 
-    scales and zeros (G, N); groups: the group of each row. `errors` (K, N) is weight - rounded,
-    updated in place as rows are done. Returns the codes (K, N) as floats.
+    scales and zeros (G, N); groups int64 (K,): the group of each row. `errors` (K, N) is weight -
+    rounded, updated in place as rows are done. Returns the codes (K, N) as floats.
     """
     codes = torch.empty_like(weight)
+    round_rows = cuda_rounding.round_rows if weight.is_cuda else _round_rows
     for start in range(0, len(weight), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(weight)))
         # What errors outside the block contribute is one product; inside, row by row.
         target = weight[block] + feedback[:, block].t() @ errors
-        for k in range(block.start, block.stop):
-            scale, zero = scales[groups[k]], zeros[groups[k]]
-            code = round_to_grid(target[k - start], scale, zero, top)
-            error = weight[k] - scale * (code - zero)
-            target[k - start + 1 :].addr_(feedback[k, k + 1 : block.stop], error - errors[k])
-            errors[k], codes[k] = error, code
+        round_rows(
+            target,
+            weight[block],
+            errors[block],
+            codes[block],
+            feedback[block, block],
+            scales[groups[block]],
+            zeros[groups[block]],
+            top,
+        )
     return codes
+
+
+def _round_rows(
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    errors: torch.Tensor,
+    codes: torch.Tensor,
+    feedback: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    top: int,
+) -> None:
+    """The rows of one block in their order; errors and codes are written."""
+    for k in range(len(weight)):
+        code = round_to_grid(target[k], scales[k], zeros[k], top)
+        error = weight[k] - scales[k] * (code - zeros[k])
+        target[k + 1 :].addr_(feedback[k, k + 1 :], error - errors[k])
+        errors[k], codes[k] = error, code
 
 
 @dataclass(frozen=True)
@@ -194,22 +217,27 @@ class _Rounding:
 
     def refit(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The scales (G, N) that fit the codes best, all groups of an output together."""
-        levels = codes - self.zeros[self.g_idx]
-        groups = [torch.nonzero(self.g_idx == g).flatten() for g in range(len(scales))]
-        right = self.hessian @ self.target
-        gram = torch.empty(levels.shape[1], len(groups), len(groups)).to(levels)
-        goal = torch.empty(levels.shape[1], len(groups)).to(levels)
-        for g, rows in enumerate(groups):
-            reach = self.hessian[:, rows] @ levels[rows]  # (K, N)
-            goal[:, g] = (right[rows] * levels[rows]).sum(0)
-            for h, others in enumerate(groups):
-                gram[:, h, g] = (reach[others] * levels[others]).sum(0)
+        # Inputs group by group, the last group filled up with rows of zeros.
+        order, count = torch.argsort(self.g_idx, stable=True), len(scales)
+        size = int(torch.bincount(self.g_idx).max())
+        levels = torch.zeros(count * size, codes.shape[1]).to(codes)
+        levels[: len(order)] = (codes - self.zeros[self.g_idx])[order]
+        hessian = torch.zeros(count * size, count * size).to(codes)
+        hessian[: len(order), : len(order)] = self.hessian[order][:, order]
+        right = torch.zeros_like(levels)
+        right[: len(order)] = (self.hessian @ self.target)[order]
+        goal = (right * levels).view(count, size, -1).sum(1).t()
+        gram = levels.new_empty(levels.shape[1], count, count)
+        for g in range(count):
+            rows = slice(g * size, (g + 1) * size)
+            reach = hessian[:, rows] @ levels[rows]  # (K, N)
+            gram[:, :, g] = reach.mul_(levels).view(count, size, -1).sum(1).t()
         # A group without a nonzero code has no scale of its own to fit.
         empty = gram.diagonal(dim1=1, dim2=2) <= 0
         gram.diagonal(dim1=1, dim2=2)[empty] = 1.0
         fitted = torch.linalg.solve(gram, goal).t()
         keep = empty.t() | ~fitted.isfinite() | (fitted == 0)
-        return torch.where(keep, scales, fp16_scale(fitted))
+        return torch.where(keep, scales, fp16_scale(fitted)).contiguous()
 
     @property
     def _ordered(self) -> torch.Tensor:
@@ -218,8 +246,8 @@ class _Rounding:
     def _pass(
         self, feedback: torch.Tensor, errors: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        order, groups = self.order, self.g_idx[self.order].tolist()
-        errors = errors[order]
+        order = self.order
+        groups, errors = self.g_idx[order], errors[order].contiguous()
         sorted_codes = round_with_feedback(
             self.target[order], feedback, errors, scales, self.zeros, groups, self.top
         )

@@ -29,6 +29,18 @@ def test_the_same_codes_in_double_precision(desc_act):
     assert there.error == pytest.approx(here.error, rel=1e-3)
 
 
+def test_refitted_scales_and_sweeps_in_double_precision():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(900, 200, dtype=torch.float64, generator=generator)  # a short last group
+    weight = torch.randn(200, 70, dtype=torch.float64, generator=generator)
+    hessian = x.t() @ x
+    quant = QuantConfig(4, 64, False, False)
+    here = solve(weight, hessian, quant, SolverOptions(sweeps=2))
+    there = solve(weight.cuda(), hessian.cuda(), quant, SolverOptions(sweeps=2))
+    assert (here.codes == there.codes.cpu()).double().mean() > 0.999
+    assert there.error == pytest.approx(here.error, rel=1e-3)
+
+
 def test_a_checkpoint_quantised_on_the_gpu(tmp_path):
     source = tmp_path / "model"
     write_model(source, hidden=256, intermediate=384, device="cpu")

@@ -94,7 +94,7 @@ def test_a_sweep_moves_every_code_to_its_best_value():
     errors = weight - torch.from_numpy(scales * (codes - zeros))
     scales, zeros = torch.from_numpy(scales), torch.from_numpy(zeros)
     feedback = solver.descent_feedback(hessian)
-    rows = range(48)  # each row as a group of its own
+    rows = torch.arange(48)  # each row as a group of its own
     found = solver.round_with_feedback(weight, feedback, errors, scales, zeros, rows, 15)
     assert not np.array_equal(codes, expected)
     assert np.array_equal(found.numpy(), expected)
