@@ -19,7 +19,7 @@ from nybble.kernels.backend import Batch
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import make_positions
 
-_CHUNK = 2048
+_CHUNK = 8192
 # A graph shares out its work by the longest context it may see: one a doubling keeps that close.
 _SHORTEST_BUCKET = 1024
 # What prefill and the libraries need beside weights and cache.

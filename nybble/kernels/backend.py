@@ -182,7 +182,7 @@ class Backend(Protocol):
         ...
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
-        """residual + linear(x), in one pass where the linear can; residual is left as it was."""
+        """residual + linear(x), in one pass where the linear can. residual may be overwritten."""
         ...
 
     def choose(self, matrix: QuantMatrix) -> Choice:

@@ -124,8 +124,10 @@ def _prefill_bytes(kind: str, head_dim: int) -> int:
 
 
 def _hopper_bytes(kind: str, head_dim: int) -> int:
-    """Shared memory of attention_hopper.cu: three stages, and two tiles of codes."""
-    return 3 * 2 * _KEYS * head_dim * 2 + 2 * _code_bytes(kind, head_dim)
+    """Shared memory of attention_hopper.cu: its stages, and two tiles of codes."""
+    codes = _code_bytes(kind, head_dim)
+    stages = 3 if codes else 4
+    return stages * 2 * _KEYS * head_dim * 2 + 2 * codes
 
 
 @cache

@@ -1,7 +1,8 @@
 // attention_prefill.cu for compute capability 9.0: the same work by `wgmma`, in blocks of three
 // warpgroups. One brings tiles of 64 keys and values to shared memory, widening codes on the way;
 // two multiply, 64 queries each, and run free of one another, so that the tensor cores work for one
-// while the other takes exponentials. Shah et al. 2024, "FlashAttention-3".
+// while the other takes exponentials. Within a warpgroup, too, the scores of a tile are multiplied
+// ahead of the weighted values of the one before. Shah et al. 2024, "FlashAttention-3".
 //
 // Tiles lie in blocks of 64 rows of 64 dimensions (128 bytes) with their 16-byte chunks exchanged
 // (chunk ^ row % 8), as `wgmma` reads them. PTX ISA, "Matrix descriptor".
@@ -16,7 +17,7 @@ constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kQueries = 64 * kConsumers;        // of a block
 constexpr int kKeys = 64;                        // of a tile
-constexpr int kStages = 3;
+constexpr int kStages = kCodes ? 3 : 4;
 constexpr int kBlockBytes = kKeys * 128;         // 64 rows, 64 dimensions
 constexpr int kTileBytes = kBlockBytes * (HEAD_DIM / 64);  // of keys, and of values
 constexpr int kCodesAt = kStages * 2 * kTileBytes;
@@ -89,25 +90,34 @@ __device__ __forceinline__ u32 place_of(int row, int chunk) {  // chunk: of 8 di
     return chunk / 8 * kBlockBytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
 }
 
+// Where chunk i of a tile lies in the cache; the rows of a tile follow one another inside a page.
+__device__ __forceinline__ long chunk_at(const Args& a, const Work& w, int tile, long first, int i) {
+    constexpr int kChunks = kRowBytes / 16;
+    if constexpr (PAGE % kKeys == 0) return first * kRowBytes + i * 16;
+    const int position = min(tile * kKeys + i / kChunks, w.length - 1);
+    return row_of(a.cache, w.sequence, w.kv_head, position) * kRowBytes + i % kChunks * 16;
+}
+
 __device__ __forceinline__ void copy_tile(const Args& a, const Work& w, int tile, u32 to, int thread) {
     constexpr int kChunks = kRowBytes / 16;
-#pragma unroll 4
-    for (int i = thread; i < kKeys * kChunks; i += kGroupThreads) {
-        const int slot = i / kChunks, chunk = i % kChunks, position = tile * kKeys + slot;
-        const bool valid = position < w.length;
-        const long row = row_of(a.cache, w.sequence, w.kv_head, valid ? position : 0);
-        const long from = row * kRowBytes + chunk * 16;
-        const u32 at = to + (kCodes ? slot * kRowBytes + chunk * 16 : place_of(slot, chunk));
-        copy_async(at, a.cache.keys + from, valid);
-        copy_async(at + (kCodes ? kKeys * kRowBytes : kTileBytes), a.cache.values + from, valid);
+    const long first = row_of(a.cache, w.sequence, w.kv_head, tile * kKeys);
+    const int valid = w.length - tile * kKeys;  // keys; the others become zeros
+#pragma unroll
+    for (int j = 0; j < kKeys * kChunks / kGroupThreads; ++j) {
+        const int i = thread + j * kGroupThreads;
+        const long from = chunk_at(a, w, tile, first, i);
+        const u32 at = to + (kCodes ? i * 16 : place_of(i / kChunks, i % kChunks));
+        copy_async(at, a.cache.keys + from, i / kChunks < valid);
+        copy_async(at + (kCodes ? kKeys * kRowBytes : kTileBytes), a.cache.values + from,
+                   i / kChunks < valid);
     }
     if constexpr (kCodes) {
         for (int i = thread; i < 2 * kScaleCopies; i += kGroupThreads) {
             const int position = tile * kKeys + i % kScaleCopies * (kKeys / kScaleCopies);
-            const bool valid = position < w.length;
-            const long row = row_of(a.cache, w.sequence, w.kv_head, valid ? position : 0);
+            const bool some = position < w.length;
+            const long row = row_of(a.cache, w.sequence, w.kv_head, some ? position : 0);
             const u8* scales = i < kScaleCopies ? a.cache.key_scales : a.cache.value_scales;
-            copy_async(to + kScalesAt + i * 16, scales + row * kScaleBytes, valid);
+            copy_async(to + kScalesAt + i * 16, scales + row * kScaleBytes, some);
         }
     }
 }
@@ -177,9 +187,22 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) 
 __device__ __forceinline__ void wgmma_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void wgmma_end() {
+__device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// Until at most `pending` of the committed groups run.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Registers move from the warpgroup that copies to those that hold sums.
+template <int count>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
 #if KV == 17
@@ -245,6 +268,7 @@ __device__ __forceinline__ void raise_maximum(Sums& sums, const float (&c)[kKeys
     high[0] *= scale, high[1] *= scale;
     const bool exceeded = high[0] > sums.most[0] + kSlack || high[1] > sums.most[1] + kSlack;
     if (!__any_sync(~0u, exceeded)) return;
+    wgmma_wait<0>();  // the sums are about to change
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -258,36 +282,45 @@ __device__ __forceinline__ void raise_maximum(Sums& sums, const float (&c)[kKeys
     for (int i = 0; i < HEAD_DIM / 2; ++i) sums.o[i] *= factor[i / 2 % 2];
 }
 
-// last: the last key that row g of the warp sees.
-__device__ __forceinline__ void add_tile(Sums& sums, const Fragment (&q)[kSteps], u32 keys, int first_key,
-                                         int last, int lane, float scale) {
-    float c[kKeys / 2] = {};
+// The scores of a tile, unscaled; they are on their way when this returns.
+__device__ __forceinline__ void multiply_keys(float (&c)[kKeys / 2], const Fragment (&q)[kSteps],
+                                              u32 keys) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) c[i] = 0.f;
     wgmma_begin();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
         multiply_async<0>(c, q[s], descriptor(keys + s / 4 * kBlockBytes + s % 4 * 32, 16, 1024));
-    wgmma_end();
-    if (first_key + kKeys - 1 > last) {
+    wgmma_commit();
+}
+
+__device__ __forceinline__ void multiply_values(Sums& sums, const Fragment (&p)[kKeys / 16],
+                                                u32 values) {
+    wgmma_begin();
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
-            const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (key > last + i / 2 % 2 * 8) c[i] = -infinity();
-        }
+    for (int s = 0; s < kKeys / 16; ++s)
+        multiply_async<1>(sums.o, p[s], descriptor(values + s * 2048, kBlockBytes, 1024));
+    wgmma_commit();
+}
+
+// last: the last key that row g of the warp sees.
+__device__ __forceinline__ void hide_later_keys(float (&c)[kKeys / 2], int first_key, int last,
+                                                int lane) {
+    if (first_key + kKeys - 1 <= last) return;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+        const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (key > last + i / 2 % 2 * 8) c[i] = -infinity();
     }
-    raise_maximum(sums, c, scale);
+}
+
+// Scores to weights; those of the rows grow by them.
+__device__ __forceinline__ void take_exponentials(Sums& sums, float (&c)[kKeys / 2], float scale) {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
         c[i] = power_of_two(c[i] * scale - sums.most[i / 2 % 2]);
         sums.weight[i / 2 % 2] += c[i];
     }
-    Fragment p[kKeys / 16];
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) p[i / 4].reg[i % 4] = operand_pair(c[2 * i], c[2 * i + 1]);
-    wgmma_begin();
-#pragma unroll
-    for (int s = 0; s < kKeys / 16; ++s)
-        multiply_async<1>(sums.o, p[s], descriptor(keys + kTileBytes + s * 2048, kBlockBytes, 1024));
-    wgmma_end();
 }
 
 __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& sums, int row, int lane) {
@@ -317,13 +350,28 @@ __device__ __forceinline__ void consume(const Args& a, const Work& w, u8* memory
             q[s].reg[i] = query_pair(a, w, row + i % 2 * 8, 16 * s + i / 2 * 8 + lane % 4 * 2);
     Sums sums = {};
     sums.most[0] = sums.most[1] = -infinity();
+    float c[kKeys / 2];
+    Fragment p[kKeys / 16];
+    const u32 base = shared_address(memory);
+    const int last = w.length - w.rows + row;
     for (int tile = 0; tile < w.tiles; ++tile) {
-        const int stage = tile % kStages;
+        const int stage = tile % kStages, before = (tile + kStages - 1) % kStages;
         wait_for(barriers.full(stage), tile / kStages % 2);
-        add_tile(sums, q, shared_address(memory) + stage * 2 * kTileBytes, tile * kKeys,
-                 w.length - w.rows + row, lane, a.scale);
-        if (lane == 0) arrive(barriers.empty(stage));
+        multiply_keys(c, q, base + stage * 2 * kTileBytes);
+        if (tile) multiply_values(sums, p, base + before * 2 * kTileBytes + kTileBytes);
+        if (tile) wgmma_wait<1>();
+        else wgmma_wait<0>();
+        hide_later_keys(c, tile * kKeys, last, lane);
+        raise_maximum(sums, c, a.scale);
+        take_exponentials(sums, c, a.scale);
+        wgmma_wait<0>();  // the values of the tile before, whose weights make room
+        if (tile && lane == 0) arrive(barriers.empty(before));
+#pragma unroll
+        for (int i = 0; i < kKeys / 4; ++i)
+            p[i / 4].reg[i % 4] = operand_pair(c[2 * i], c[2 * i + 1]);
     }
+    multiply_values(sums, p, base + (w.tiles - 1) % kStages * 2 * kTileBytes + kTileBytes);
+    wgmma_wait<0>();
     write_out(a, w, sums, row, lane);
 }
 
@@ -344,6 +392,11 @@ attention_hopper(const __grid_constant__ Args a) {
     wait_for_previous_kernel();
     const Work w(a);
     if (w.first_row >= w.rows || w.rows == 1) return;  // single tokens: attention_decode.cu
-    if (threadIdx.x < kGroupThreads) produce(a, w, memory, barriers);
-    else consume(a, w, memory, barriers);
+    if (threadIdx.x < kGroupThreads) {
+        give_registers<kCodes ? 72 : 40>();
+        produce(a, w, memory, barriers);
+    } else {
+        take_registers<kCodes ? 216 : 232>();
+        consume(a, w, memory, barriers);
+    }
 }

@@ -105,21 +105,41 @@ extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__
 }
 
 struct SiluArgs {
-    const u16* gate_up;   // (tokens, 2 * width), gate first
+    const u16* gate_up;   // (tokens, 2 * width), gate first; width a multiple of 8
     const u16* residual;  // like y, or null
     u16* y;               // (tokens, y_stride)
     int width, columns, y_stride;  // columns: of width, how many y has
 };
 
+__device__ __forceinline__ float silu_times(float gate, float up) {
+    return gate / (1.f + __expf(-gate)) * up;
+}
+__device__ __forceinline__ float number(const uint4& v, int i) {
+    const u32 word = i < 4 ? (i < 2 ? v.x : v.y) : (i < 6 ? v.z : v.w);
+    return to_float(u16(word >> 16 * (i % 2)));
+}
+
+// A thread takes eight columns. Grid: (tokens, blocks of 2048 columns).
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const __grid_constant__ SiluArgs a) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int column = blockIdx.y * 256 + threadIdx.x;
+    const int column = (blockIdx.y * 256 + threadIdx.x) * 8;
     if (column >= a.columns) return;
-    const u16* row = a.gate_up + size_t(blockIdx.x) * 2 * a.width;
-    const float gate = to_float(row[column]), up = to_float(row[a.width + column]);
+    const u16* row = a.gate_up + size_t(blockIdx.x) * 2 * a.width + column;
+    const uint4 gate = *reinterpret_cast<const uint4*>(row);
+    const uint4 up = *reinterpret_cast<const uint4*>(row + a.width);
     const size_t at = size_t(blockIdx.x) * a.y_stride + column;
-    float value = gate / (1.f + __expf(-gate)) * up;
-    if (a.residual) value += to_float(a.residual[at]);
-    a.y[at] = from_float(value);
+    float value[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        value[i] = silu_times(number(gate, i), number(up, i));
+        if (a.residual && column + i < a.columns) value[i] += to_float(a.residual[at + i]);
+    }
+    if (a.y_stride % 8 == 0 && column + 8 <= a.columns) {
+        *reinterpret_cast<uint4*>(a.y + at) = make_uint4(
+            pair(value[0], value[1]), pair(value[2], value[3]),
+            pair(value[4], value[5]), pair(value[6], value[7]));
+    } else {
+        for (int i = 0; i < 8 && column + i < a.columns; ++i) a.y[at + i] = from_float(value[i]);
+    }
 }

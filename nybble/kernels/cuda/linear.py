@@ -25,7 +25,9 @@ from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
 _SCALE_CODES = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
-_SLAB_BYTES = 256 << 20  # of dequantised weights alive at a time; see docs/decisions/003
+# Dequantised weights alive at a time. The 72B's qkv and down fit, so that their outputs are
+# contiguous, which lets cuBLAS add the bias; see docs/decisions/003.
+_SLAB_BYTES = 400 << 20
 
 
 class _GemmArguments(ctypes.Structure):
@@ -101,7 +103,7 @@ class CudaLinear:
         self._kernels: dict[Plan | str, Kernel] = {}
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x (tokens, K); residual like the result, added to it in fp32."""
+        """x (tokens, K); residual like the result, added to it in fp32, and perhaps overwritten."""
         self._check(x, residual)
         tokens = x.shape[0]
         if tokens == 0:
@@ -195,8 +197,9 @@ class CudaLinear:
     def _dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """For batches that are bound by arithmetic: dequantise a slab, multiply by cuBLAS."""
         m = self.matrix
-        y = torch.empty(x.shape[0], self.outputs, dtype=self.dtype, device=self.device)
         residual = None if residual is None else residual.contiguous()
+        add = residual is not None and not m.paired
+        y = x.new_empty(x.shape[0], self.outputs) if residual is None or m.paired else residual
         columns = TILE // 2 if m.paired else TILE
         step = max(1, _SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
         with _sums_in_fp32():
@@ -204,31 +207,27 @@ class CudaLinear:
                 count = min(step, m.tiles - first)
                 dense = self.dequantize(first, count)
                 part = slice(first * columns, min((first + count) * columns, self.outputs))
-                added = None if residual is None else residual[:, part]
                 if m.paired:
+                    added = None if residual is None else residual[:, part]
                     self._paired_slab(x, dense, first, y[:, part], added)
                 else:
-                    self._plain_slab(x, dense, y[:, part], added, part)
+                    self._plain_slab(x, dense, y[:, part], part, add=add)
         return y
 
     def _plain_slab(
-        self,
-        x: torch.Tensor,
-        dense: torch.Tensor,
-        y: torch.Tensor,
-        residual: torch.Tensor | None,
-        part: slice,
+        self, x: torch.Tensor, dense: torch.Tensor, y: torch.Tensor, part: slice, *, add: bool
     ) -> None:
+        """add: to what y holds, which spares cuBLAS a copy of it."""
         weight = dense[: y.shape[1]].t()
         bias = None if self._bias is None else self._bias[part]
-        if bias is not None:
+        if add:
+            y.addmm_(x, weight)
+            if bias is not None:
+                y += bias
+        elif bias is not None:
             torch.addmm(bias, x, weight, out=y)
-        elif residual is not None:
-            torch.addmm(residual, x, weight, out=y)
         else:
             torch.mm(x, weight, out=y)
-        if bias is not None and residual is not None:
-            y += residual
 
     def _paired_slab(
         self,
@@ -245,7 +244,8 @@ class CudaLinear:
             halves = self._bias.view(2, self.outputs)[:, first_tile * 8 : first_tile * 8 + width]
             gate_up.view(-1, 2, width)[:, :, : halves.shape[1]] += halves
         arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
-        self._launch("silu_mul", (x.shape[0], -(-y.shape[1] // _THREADS)), arguments)
+        blocks = -(-y.shape[1] // (8 * _THREADS))
+        self._launch("silu_mul", (x.shape[0], blocks), arguments)
 
     def _launch(self, name: str, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
         """One of the kernels in dense.cu."""

@@ -1,6 +1,7 @@
 // Operations on one row of activations at a time: RMSNorm (Zhang and Sennrich 2019), SiLU times up.
 //
-// Macros beside that of numbers.cuh: THREADS (of a row), ROWS (of a block).
+// Macros beside that of numbers.cuh: THREADS (of a row), ROWS (of a block), ROUNDS (of THREADS
+// times eight numbers: a row that is normalised has at most so many, and is read once).
 #include "numbers.cuh"
 
 static_assert(THREADS <= kLanes || ROWS == 1, "rows of several warps have a block of their own");
@@ -35,21 +36,26 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) rms_norm(const __gri
     wait_for_previous_kernel();
     if (row >= a.rows) return;  // of whole warps
     const u16* x = a.x + row / a.heads * a.token_stride + row % a.heads * a.head_stride;
-    Eight first = {};  // kept: a row is rarely longer than one round of the block
-    float square = 0.f;
-    for (int at = 8 * thread; at < a.dim; at += 8 * THREADS) {
-        const Eight e = load_eight(x + at);
-        if (at < 8 * THREADS) first = e;
+    Eight kept[ROUNDS] = {};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) square += e.x[i] * e.x[i];
+    for (int r = 0; r < ROUNDS; ++r) {
+        const int at = 8 * (thread + r * THREADS);
+        if (at < a.dim) kept[r] = load_eight(x + at);
     }
+    float square = 0.f;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) square += kept[r].x[i] * kept[r].x[i];
     const float scale = rsqrtf(row_sum(square) / float(a.dim) + a.eps);
-    for (int at = 8 * thread; at < a.dim; at += 8 * THREADS) {
-        Eight e = at < 8 * THREADS ? first : load_eight(x + at);
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+        const int at = 8 * (thread + r * THREADS);
+        if (at >= a.dim) break;
         const Eight weight = load_eight(a.weight + at);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) e.x[i] = e.x[i] * scale * weight.x[i];
-        store_eight(a.y + row * a.dim + at, e);
+        for (int i = 0; i < 8; ++i) kept[r].x[i] *= scale * weight.x[i];
+        store_eight(a.y + row * a.dim + at, kept[r]);
     }
 }
 
