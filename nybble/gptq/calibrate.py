@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoint.files import file_errors, require_regular
+from nybble.checkpoint.files import file_errors
 from nybble.errors import ConfigError, NybbleError
 from nybble.tokenizer import Message, Tokenizer
 
@@ -76,9 +76,11 @@ def read_windows(
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. ConfigError: empty, or not UTF-8 at a byte that is named."""
-    require_regular(path)
+    """A UTF-8 file. ConfigError: no file, empty, or not UTF-8 at a byte that is named."""
     with file_errors(path):
+        if not path.is_file():
+            problem = "is no plain file" if path.exists() else "does not exist"
+            raise ConfigError(f"{path} {problem}: give a file with text.")
         data = path.read_bytes()
     try:
         text = data.decode()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.errors import CheckpointError, ConfigError
+from nybble.errors import ConfigError
 from nybble.gptq.calibrate import CalibrationOptions, read_windows
 from nybble.tokenizer import Tokenizer
 
@@ -124,8 +124,10 @@ def test_wrong_files_are_named(tmp_path, name, content, match):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere.* does not exist: give"):
         read_windows(TOKENIZER, tmp_path / "nowhere.txt")
+    with pytest.raises(ConfigError, match="is no plain file: give"):
+        read_windows(TOKENIZER, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"length": -1}])
