@@ -124,7 +124,7 @@ def test_wrong_files_are_named(tmp_path, name, content, match):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.* does not exist: give"):
+    with pytest.raises(ConfigError, match=r"nowhere.* does not exist: give"):
         read_windows(TOKENIZER, tmp_path / "nowhere.txt")
     with pytest.raises(ConfigError, match="is no plain file: give"):
         read_windows(TOKENIZER, tmp_path)
