@@ -90,11 +90,15 @@ def _require_matplotlib() -> None:
 def _plot(found: Comparison, path: Path) -> None:
     """A bar for each layer: the mean relative error of its linears."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(found.layer_errors)), [100 * error for error in found.layer_errors])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.set_ylabel("relative error of the outputs (%)")
-    axes.set_title(f"perplexity {found.base.perplexity:.3f} to {found.quant.perplexity:.3f}")
+    axes.set_ylabel("relative error of its linears (%)")
+    axes.set_title(
+        f"Perplexity {found.base.perplexity:.3f}, quantised {found.quant.perplexity:.3f}"
+    )
     figure.savefig(path, dpi=150, format="png")
