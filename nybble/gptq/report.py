@@ -65,10 +65,13 @@ def model_card(report: Report) -> str:
     calibration = report.settings["calibration"]
     mean = sum(module.error for module in report.modules) / max(len(report.modules), 1)
     kind = "symmetric" if quant["sym"] else "asymmetric"
+    steps = ["GPTQ", "weighted scales"]
+    steps += ["coordinate descent"] if report.settings["solver"]["sweeps"] else []
+    steps += ["correction of earlier errors"] if report.settings["correct"] else []
     return f"""# {report.source}, {quant["bits"]} bits
 
-Quantised by nybble (GPTQ with weighted scales, coordinate descent and correction of earlier
-errors) from {report.source}, whose licence applies to this copy too.
+Quantised by nybble ({", ".join(steps)}) from {report.source}, whose licence applies to this copy
+too.
 
 | | |
 |---|---|

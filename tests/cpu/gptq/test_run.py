@@ -341,6 +341,15 @@ def test_solver_options_reach_the_solver(llama, tmp_path, windows):
     assert quantize_checkpoint(llama, tmp_path / "b", INT4, windows, fine).modules[0].error < first
 
 
+def test_the_card_names_the_steps_that_were_taken(llama, tmp_path, windows):
+    plain = RunOptions(SolverOptions(sweeps=0), correct=False)
+    quantize_checkpoint(llama, tmp_path / "plain", INT4, windows, plain)
+    quantize_checkpoint(llama, tmp_path / "whole", INT4, windows)
+    before, after = ((tmp_path / name / "README.md").read_text() for name in ("plain", "whole"))
+    assert "(GPTQ, weighted scales)" in before
+    assert "(GPTQ, weighted scales, coordinate descent, correction of earlier errors)" in after
+
+
 def test_the_report_shows_every_module(llama, tmp_path, windows):
     report = quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
     assert report.table().count("%") == 12
