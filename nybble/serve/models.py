@@ -16,6 +16,7 @@ from nybble.serve.responses import (
     Model,
     ModelList,
     TokenizeReply,
+    TokenizerInfo,
     Version,
 )
 from nybble.serve.service import Service
@@ -96,6 +97,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRep
     service = host_of(request).service
     service.model(body.model)
     return DetokenizeReply(prompt=await asyncio.to_thread(service.tokenizer.decode, body.tokens))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info() -> TokenizerInfo:
+    """What lm-eval asks for before it takes /tokenize for its tokenizer."""
+    return TokenizerInfo()
 
 
 @router.post("/v1/embeddings", response_model=None)

@@ -211,6 +211,15 @@ class DetokenizeReply(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """vLLM's object. All null: no text becomes a control token here, so none is named."""
+
+    bos_token: None = None
+    eos_token: None = None
+    pad_token: None = None
+    chat_template: None = None
+
+
 class Health(BaseModel):
     status: str
 
