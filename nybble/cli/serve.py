@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,15 +95,14 @@ def run(model: str, running: Batching, listening: Listening, open_page: bool, qu
             f"The server needs the package {error.name}: pip install 'nybble[serve]'."
         ) from error
     settings = listening.settings(model)
-    if not quiet:
-        _log_requests()
 
     def announce(url: str) -> None:
         console.note(f"{settings.names[0]} at {url} (API: {url}v1). Ctrl-C stops.")
         if open_page and _has_desktop():
             webbrowser.open(url)
 
-    server.run(lambda: _load(model, running, quiet), settings, Metrics(), announce)
+    with nullcontext() if quiet else _log_of_requests():
+        server.run(lambda: _load(model, running, quiet), settings, Metrics(), announce)
 
 
 def _load(model: str, running: Batching, quiet: bool) -> LLM:
@@ -123,11 +124,17 @@ def _has_desktop() -> bool:
     )
 
 
-def _log_requests() -> None:
-    """A line for each request to stderr, without a word of what was said."""
+@contextmanager
+def _log_of_requests() -> Iterator[None]:
+    """A line for each request on stderr, without a word of what was said."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in ("nybble.serve", "uvicorn.error"):
-        logging.getLogger(name).addHandler(handler)
-    logging.getLogger("nybble.serve").setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("nybble.serve", "uvicorn.error")]
+    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

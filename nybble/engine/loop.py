@@ -82,18 +82,22 @@ class AsyncEngine:
         params: SamplingParams,
         constraint: Constraint | None = None,
     ) -> AsyncGeneration:
-        """Queue a request. Raises what Engine.request does, BusyError or UnavailableError."""
-        if self._refusal is not None:
-            raise UnavailableError(self._refusal)
-        if len(self._streams) >= self.most:
-            raise BusyError(
-                f"{len(self._streams)} requests are waiting or running: try again in a moment."
-            )
+        """Queue a request. Raises what Engine.request and check_room do."""
+        self.check_room(1)
         request = self.engine.request(prompt_ids, params, constraint)
         stream = self._streams[request] = AsyncGeneration(self.engine, request)
         self._empty.clear()
         self._inbox.put(request)
         return stream
+
+    def check_room(self, count: int) -> None:
+        """BusyError or UnavailableError unless so many more requests are taken just now."""
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal)
+        if len(self._streams) + count > self.most:
+            raise BusyError(
+                f"{len(self._streams)} requests are waiting or running: try again in a moment."
+            )
 
     async def drain(self) -> None:
         """Take no more requests and wait until the present ones have ended."""

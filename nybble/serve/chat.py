@@ -38,6 +38,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     service = host.service
     model = service.model(body.model)
     body.check()
+    service.check_room(1, body.n)
     use = tool_use(body, service.tokenizer)
     messages = [message.as_prompt() for message in body.messages]
     prompt = use.prompt(messages) if use else ToolPrompt(messages)
@@ -51,7 +52,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     chat = _Chat(service, model, body, speeches)
     if body.stream:
         return await EventStream.open(chat.events(answers), host.settings.keep_alive_seconds)
-    return await while_connected(request.receive, chat.whole(answers))
+    async with answers:
+        return await while_connected(request.receive, chat.whole(answers))
 
 
 class _Chat:
@@ -71,7 +73,7 @@ class _Chat:
     async def whole(self, answers: Answers) -> ChatReply:
         logprobs: list[list[PlacedLogprob]] = [[] for _ in self.speeches]
         reasons = [""] * len(answers)
-        async with answers, aclosing(answers.pieces()) as pieces:
+        async with aclosing(answers.pieces()) as pieces:
             async for piece in pieces:
                 self._hear(piece, answers)
                 logprobs[piece.index] += piece.logprobs

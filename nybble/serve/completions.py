@@ -32,6 +32,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response | C
     service = host.service
     model = service.model(body.model)
     body.check()
+    service.check_room(len(body.prompts), body.n)
     params = service.params(body.sampling())
     prompts = [await service.prompt_ids(prompt) for prompt in body.prompts]
     # A text comes back as it was sent, without the token that was put before it.
@@ -44,7 +45,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response | C
     if body.stream:
         events = completion.events(answers)
         return await EventStream.open(events, host.settings.keep_alive_seconds)
-    return await while_connected(request.receive, completion.whole(answers))
+    async with answers:
+        return await while_connected(request.receive, completion.whole(answers))
 
 
 class _Completion:
@@ -62,8 +64,8 @@ class _Completion:
         texts = [""] * len(answers)
         logprobs: list[list[PlacedLogprob]] = [[] for _ in texts]
         reasons: list[str | None] = [None] * len(answers)
-        async with answers:
-            async for piece in answers.pieces():
+        async with aclosing(answers.pieces()) as pieces:
+            async for piece in pieces:
                 texts[piece.index] += piece.text
                 logprobs[piece.index] += piece.logprobs
                 reasons[piece.index] = piece.finish_reason

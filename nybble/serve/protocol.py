@@ -257,6 +257,9 @@ class ChatRequest(Generating):
     def check(self) -> None:
         super().check()
         check_messages(self.messages)
+        for name in _OWN_FIELDS & (self.chat_template_kwargs or {}).keys():
+            field = f"chat_template_kwargs.{name}"
+            raise refused(field, f"{field} has a field of its own, or none: leave it out.")
         for field, needed in _NEEDED.items():
             if getattr(self, field) is not None and getattr(self, needed) is None:
                 raise refused(field, f"{field} goes with {needed} only: add them, or leave it out.")
@@ -281,6 +284,8 @@ class ChatRequest(Generating):
         return given
 
 
+# What the server itself gives to the template.
+_OWN_FIELDS = {"self", "messages", "tools", "add_generation_prompt"}
 _NEEDED = {
     "tool_choice": "tools",
     "parallel_tool_calls": "tools",

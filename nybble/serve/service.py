@@ -55,6 +55,19 @@ class Service:
             raise unknown_model(name, self.names)
         return name or self.names[0]
 
+    def check_room(self, prompts: int, n: int) -> None:
+        """Refuse n answers to each of some prompts before any work is done on them.
+
+        ApiError where there is never room for so many, BusyError where there is none just now.
+        """
+        if prompts * n > self.engine.most:
+            raise refused(
+                "n" if n > 1 else "prompt",
+                f"The request asks for {prompts * n} answers, and this server holds "
+                f"{self.engine.most} at a time: send several requests.",
+            )
+        self.engine.check_room(prompts * n)
+
     # -- prompts, outside the event loop: a long one takes a while ---------------------------
 
     async def chat_ids(self, prompt: ToolPrompt, options: Mapping[str, Any]) -> list[int]:
@@ -91,13 +104,6 @@ class Service:
         constraint: makes a fresh one for each answer. echoes: each prompt comes before its
         answers, from this token of it on.
         """
-        if len(prompts) * n > self.engine.most:
-            field = "n" if n > 1 else "prompt"
-            raise refused(
-                field,
-                f"The request asks for {len(prompts) * n} answers, and this server holds "
-                f"{self.engine.most} at a time: send several requests.",
-            )
         answers: list[Answer] = []
         try:
             for number, prompt in enumerate(prompts):

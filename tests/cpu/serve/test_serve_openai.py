@@ -284,6 +284,8 @@ CHAT_FIELDS = [
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"store": True}, "store"),
     ({"extra_body": {"made_up": 1}}, "made_up"),
+    ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs.messages"),
+    ({"extra_body": {"chat_template_kwargs": {"self": 1}}}, "chat_template_kwargs.self"),
     ({"extra_body": {"top_k": -1}}, "top_k"),
     ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
 ]
