@@ -158,7 +158,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("kv_dtype", self.kv_dtype, (*DTYPES, "int8", "int4"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", *KV_BITS))
         for name in ("max_context", "prefill_chunk", "threads", "max_running", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -167,6 +167,8 @@ class EngineConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_GROUP = 64  # dimensions of a head that share a step in an int4 cache
+# The kinds of a cache, and what a number takes in each, without scales.
+KV_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int6": 6, "int4": 4}
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

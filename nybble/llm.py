@@ -128,7 +128,8 @@ class LLM:
         stored = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
         if options.dtype == "float32":
             stored = "float32"
-        kinds = (stored, "int8", "int4") if options.kv_dtype == "auto" else (options.kv_dtype,)
+        auto = (stored, "int8", "int6", "int4")
+        kinds = auto if options.kv_dtype == "auto" else (options.kv_dtype,)
         if self.backend.device.type != "cuda":
             return kinds[0]
         free = torch.cuda.mem_get_info(self.backend.device)[0] - _GPU_WORKSPACE

@@ -14,7 +14,7 @@ from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig
 from nybble.errors import CapacityError
 
-KV_KINDS = {"fp16": "float16", "int8": "int8", "int4": "int4"}
+KV_KINDS = {"fp16": "float16", "int8": "int8", "int6": "int6", "int4": "int4"}
 """The forms of KV cache that are reported, and their kind."""
 
 _QKV = ("c_attn", "q_proj", "k_proj", "v_proj")

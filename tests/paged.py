@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from nybble.kernels.backend import KV_DTYPES, Backend, Batch, KVLayer, scales_shape
+from nybble.kernels.backend import KV_DTYPES, Backend, Batch, KVLayer, scales_shape, stored_width
 
 
 def make_layer(
     kind: str, pages: int, kv_heads: int = 2, dim: int = 64, page_size: int = 32
 ) -> KVLayer:
-    """Never written: every slot reads as NaN (int8 and int4: by its scales)."""
+    """Never written: every slot reads as NaN (codes: by their scales)."""
     slots = torch.Size((pages, kv_heads, page_size))
     shape = scales_shape(kind, slots, dim)
     fill = 77 if shape else torch.nan
-    codes = torch.full((*slots, dim // (2 if kind == "int4" else 1)), fill, dtype=KV_DTYPES[kind])
+    codes = torch.full((*slots, stored_width(kind, dim)), fill, dtype=KV_DTYPES[kind])
     scales = None if shape is None else torch.full(shape, torch.nan, dtype=torch.float16)
     copies = [None if scales is None else scales.clone() for _ in range(2)]
     return KVLayer(kind, codes, codes.clone(), *copies)

@@ -150,7 +150,7 @@ def _fitted(config: ModelConfig, plan: Plan, new_tokens: int) -> Plan:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] - _WORKSPACE
     tokens = plan.batch * (plan.context + new_tokens + PAGE_SIZE)
-    kinds = ("float16", "int8", "int4") if plan.kv == "auto" else (plan.kv,)
+    kinds = ("float16", "int8", "int6", "int4") if plan.kv == "auto" else (plan.kv,)
     for kind in kinds:
         if tokens * bytes_per_token(config, kind) <= free:
             return replace(plan, kv=kind)

@@ -7,7 +7,7 @@ import torch
 from nybble.cache.sizes import bytes_per_token
 from nybble.config import ModelConfig
 from nybble.errors import CapacityError
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape
+from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 
 PAGE_SIZE = 64
 
@@ -53,7 +53,7 @@ class KVStore:
     def _layer(self) -> KVLayer:
         config = self.config
         slots = torch.Size((self.num_pages, config.num_kv_heads, self.page_size))
-        width = config.head_dim // 2 if self.kind == "int4" else config.head_dim
+        width = stored_width(self.kind, config.head_dim)
         scales = scales_shape(self.kind, slots, config.head_dim)
 
         def codes() -> torch.Tensor:

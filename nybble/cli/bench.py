@@ -23,7 +23,7 @@ def speed(
     contexts: Annotated[str, typer.Option(help="Prompt lengths.")] = "1,6144,14336,30720",
     batches: Annotated[str, typer.Option(help="Sequences side by side.")] = "1",
     kv_dtype: Annotated[
-        str, typer.Option(help="Cache: float16, int8, int4; auto: the finest that fits.")
+        str, typer.Option(help="Cache: float16, int8, int6, int4; auto: the finest that fits.")
     ] = "auto",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated a row.")] = 2048,
     out: Annotated[

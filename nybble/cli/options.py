@@ -80,7 +80,7 @@ class Running:
     device: Annotated[str, _option("auto or cpu.")] = "auto"
     dtype: Annotated[str, _option("auto: the fastest kernels; float32: exact and slow.")] = "auto"
     kv_dtype: Annotated[
-        str, _option("Of the KV cache: auto, float16, bfloat16, float32, int8, int4.")
+        str, _option("Of the KV cache: auto, float16, bfloat16, float32, int8, int6, int4.")
     ] = "auto"
     max_context: Annotated[int | None, _option("Tokens of prompt and answer together.")] = None
     threads: Annotated[int | None, _option("CPU threads.")] = None

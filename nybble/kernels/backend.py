@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from nybble.config import KV_GROUP
+from nybble.config import KV_BITS, KV_GROUP
 from nybble.errors import ConfigError
 from nybble.kernels.matrix import QuantMatrix
 
@@ -60,6 +60,7 @@ KV_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "int6": torch.uint8,
     "int4": torch.uint8,
 }
 """The kinds of a cache, and the dtype that holds each."""
@@ -69,13 +70,16 @@ KV_DTYPES = {
 class KVLayer:
     """One layer's cache, in pages; kind is a key of KV_DTYPES.
 
-    keys, values: (pages, kv_heads, page_size, head_dim) in the dtype of the kind; int4:
-    (..., head_dim / 2), element 2i in the low nibble of byte i, 2i + 1 in the high one.
+    keys, values: (pages, kv_heads, page_size, head_dim) in the dtype of the kind.
+      int4: (..., head_dim / 2), element 2i in the low nibble of byte i, 2i + 1 in the high one.
+      int6: (..., head_dim * 3/4), of code + 32: first the low nibbles of all elements as above,
+            then the upper two bits of all, of element 4i + j in bits 2j and 2j + 1 of byte i.
     Scales, fp16, None for float kinds:
-      int8: (pages, kv_heads, page_size): x ~ code * scale, scale = largest magnitude / 127.
+      int8, int6: (pages, kv_heads, page_size): x ~ code * scale, scale = largest magnitude
+            / 127 or / 31.
       int4: (pages, kv_heads, page_size, groups, 2): per KV_GROUP dimensions (the last group may
             be short) step and low: x ~ code * step + low, step = (max - low) / 15.
-    For int8 and int4 the keys are stored after the rotation of `ref_cache.hadamard`, and
+    For all of them the keys are stored after the rotation of `ref_cache.hadamard`, and
     rope_store returns q rotated alike, so that q . k is unchanged. Values are not rotated.
     """
 
@@ -112,17 +116,28 @@ class KVLayer:
 
     @property
     def head_dim(self) -> int:
-        return self.keys.shape[3] * (2 if self.kind == "int4" else 1)
+        return self.keys.shape[3] * self.keys.itemsize * 8 // KV_BITS[self.kind]
 
     @property
     def quantized(self) -> bool:
         return not self.kind.endswith(("32", "16"))
 
 
+def stored_width(kind: str, head_dim: int) -> int:
+    """How many numbers of the kind's dtype hold one head's key or value."""
+    if kind == "int6" and head_dim % 4:
+        raise ConfigError(
+            f"Heads of {head_dim} dimensions do not fill the bytes of an int6 cache: use "
+            "--kv-dtype int8."
+        )
+    return head_dim * KV_BITS[kind] // (8 * KV_DTYPES[kind].itemsize)
+
+
 def scales_shape(kind: str, slots: torch.Size, head_dim: int) -> tuple[int, ...] | None:
     """Of a cache's scales; slots (pages, kv_heads, page_size)."""
-    groups = {"int8": (), "int4": (-(-head_dim // KV_GROUP), 2)}
-    return (*slots, *groups[kind]) if kind in groups else None
+    if kind == "int4":
+        return (*slots, -(-head_dim // KV_GROUP), 2)
+    return tuple(slots) if kind in ("int8", "int6") else None
 
 
 class Backend(Protocol):

@@ -46,26 +46,59 @@ def gather(layer: KVLayer, pages: torch.Tensor, length: int) -> tuple[torch.Tens
     used = pages[: -(-length // layer.page_size)].long()
 
     def rows(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-        x = dequantize(cache[used], None if scales is None else scales[used])
+        x = dequantize(layer.kind, cache[used], None if scales is None else scales[used])
         return x.transpose(0, 1).flatten(1, 2)[:, :length]
 
     return rows(layer.keys, layer.key_scales), rows(layer.values, layer.value_scales)
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """Slots of a cache in any kind (..., head_dim) -> fp32."""
+def dequantize(kind: str, cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Slots of a cache (..., stored_width) -> fp32 (..., head_dim)."""
+    x = unpack(kind, cache).float()
     if scales is None:
-        return codes.float()
-    if codes.dtype is torch.int8:
-        return codes.float() * scales.float().unsqueeze(-1)
-    x = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).float()
+        return x
+    if kind != "int4":
+        return x * scales.float().unsqueeze(-1)
     step, low = scales.float().repeat_interleave(KV_GROUP, -2)[..., : x.shape[-1], :].unbind(-1)
     return x * step + low
 
 
+def unpack(kind: str, cache: torch.Tensor) -> torch.Tensor:
+    """Slots of a cache (..., stored_width) -> codes, one an element, (..., head_dim)."""
+    if kind == "int4":
+        return _split(cache, 4)
+    if kind != "int6":
+        return cache
+    nibbles, crumbs = cache.tensor_split((cache.shape[-1] * 2 // 3,), -1)
+    return (_split(nibbles, 4) | _split(crumbs, 2) << 4).to(torch.int8) - 32
+
+
+def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 (..., n) -> (..., n * 8 / bits): the parts of each byte, from its low end."""
+    return torch.stack([packed >> at & 2**bits - 1 for at in range(0, 8, bits)], -1).flatten(-2)
+
+
+def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of _split."""
+    parts = [codes[..., at :: 8 // bits] << at * bits for at in range(8 // bits)]
+    return torch.stack(parts).sum(0, dtype=torch.uint8)
+
+
+def _quantize_symmetric(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of -most to most, int8, and a scale a head."""
+    scales = (x.abs().amax(-1) / most).to(torch.float16)
+    return _round(x, scales.unsqueeze(-1)).clamp(-most, most).to(torch.int8), scales
+
+
 def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = (x.abs().amax(-1) / 127).to(torch.float16)
-    return _round(x, scales.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), scales
+    return _quantize_symmetric(x, 127)
+
+
+def _quantize_int6(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low nibbles of all codes, then their upper two bits."""
+    codes, scales = _quantize_symmetric(x, 31)
+    shifted = (codes + 32).to(torch.uint8)
+    return torch.cat((_join(shifted & 15, 4), _join(shifted >> 4, 2)), -1), scales
 
 
 def _quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +111,7 @@ def _quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.stack((((top - low) / 15), low), -1).to(torch.float16)
     step, low = scales.unsqueeze(-2).unbind(-1)
     codes = _round(grouped - low.float(), step).clamp(0, 15).to(torch.uint8).flatten(-2)
-    codes = codes[..., :dim]
-    return codes[..., ::2] | codes[..., 1::2] << 4, scales
+    return _join(codes[..., :dim], 4), scales
 
 
 def _round(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -87,4 +119,4 @@ def _round(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     return torch.where(step > 0, x / step.float(), 0.0).round().nan_to_num(0.0)
 
 
-_QUANTIZE = {"int8": _quantize_int8, "int4": _quantize_int4}
+_QUANTIZE = {"int8": _quantize_int8, "int6": _quantize_int6, "int4": _quantize_int4}

@@ -104,6 +104,7 @@ def test_zero_points_and_act_order_take_memory(headers: dict[str, TensorInfo]) -
 def test_kv_bytes_of_the_72b() -> None:
     assert kv_bytes_per_token(QWEN_72B, "fp16") == 2_621_440
     assert kv_bytes_per_token(QWEN_72B, "int8") == 1_331_200
+    assert kv_bytes_per_token(QWEN_72B, "int6") == 1_003_520
     assert kv_bytes_per_token(QWEN_72B, "int4") == 737_280
 
 
@@ -129,10 +130,10 @@ def test_a_tied_head_that_is_stored_too_counts_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "kind"), [(90e9, "float16"), (50e9, "int8"), (43e9, "int4"), (24.2e9, "int4")]
+    ("free", "kind"), [(90e9, "float16"), (50e9, "int8"), (43e9, "int6"), (24.2e9, "int4")]
 )
 def test_the_finest_cache_that_holds_the_context(free: float, kind: str) -> None:
-    assert finest_cache(QWEN_72B, ("float16", "int8", "int4"), 32768, free) == kind
+    assert finest_cache(QWEN_72B, ("float16", "int8", "int6", "int4"), 32768, free) == kind
 
 
 def test_a_cache_that_does_not_fit_says_what_would() -> None:

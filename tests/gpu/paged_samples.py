@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape
+from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 
 DEVICE = torch.device("cuda")
 
@@ -42,12 +42,11 @@ def empty_layer(
     """Every slot holds NaN, or the code 0x77 with a NaN for its scale."""
     slots = torch.Size((pages, kv_heads, page_size))
     dtype = KV_DTYPES[kind]
-    width = head_dim // 2 if kind == "int4" else head_dim
     fill = torch.nan if dtype.is_floating_point else 0x77
     scales = scales_shape(kind, slots, head_dim)
 
     def codes() -> torch.Tensor:
-        return torch.full((*slots, width), fill, dtype=dtype, device=DEVICE)
+        return torch.full((*slots, stored_width(kind, head_dim)), fill, dtype=dtype, device=DEVICE)
 
     def steps() -> torch.Tensor | None:
         if scales is None:

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from nybble.kernels.cuda.attention import PagedAttention, split_count
 from nybble.kernels.cuda.backend import CudaBackend
 
-KINDS = ["float16", "bfloat16", "int8", "int4"]
+KINDS = ["float16", "bfloat16", "int8", "int6", "int4"]
 # Whether prompts take the kernel of compute capability 9.0, where there is a choice.
 HOPPER = [False, True] if torch.cuda.get_device_capability() == (9, 0) else [False]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -133,7 +133,8 @@ def test_mixed_batches(page_size, kind, hopper):
 @pytest.mark.parametrize("hopper", HOPPER)
 def test_a_long_prompt(hopper):
     compare([4096], [4096], heads=(2, 2), hopper=hopper)
-    compare([1000], [20000], heads=(2, 1), kind="int4", hopper=hopper)
+    for kind in ("int6", "int4"):
+        compare([1000], [20000], heads=(2, 1), kind=kind, hopper=hopper)
 
 
 @pytest.mark.parametrize("kind", KINDS)

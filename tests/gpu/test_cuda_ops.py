@@ -82,7 +82,7 @@ def test_rows_that_are_refused():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int6", "int4"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("page_size", [32, 64])
@@ -113,19 +113,19 @@ def assert_same_cache(kind, got, want, got_scales, want_scales):
         )
         return
     torch.testing.assert_close(got_scales, want_scales, rtol=2**-9, atol=1e-6, equal_nan=True)
-    untouched = want_scales.isnan() if kind == "int8" else want_scales[..., 0, 0].isnan()
+    untouched = want_scales[..., 0, 0].isnan() if kind == "int4" else want_scales.isnan()
     assert torch.equal(got[untouched], want[untouched])
     # A number between two codes may fall to either side.
     x, y = (
-        ref_cache.dequantize(c[~untouched], s[~untouched])
+        ref_cache.dequantize(kind, c[~untouched], s[~untouched])
         for c, s in ((got, got_scales), (want, want_scales))
     )
-    step = (want_scales if kind == "int8" else want_scales[..., 0].amax(-1))[~untouched].float()
+    step = (want_scales[..., 0].amax(-1) if kind == "int4" else want_scales)[~untouched].float()
     assert ((x - y).abs() <= 1.01 * step.unsqueeze(-1)).all()
     assert ((x - y).abs() <= 0.01 * step.unsqueeze(-1)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int6", "int4"])
 def test_nan_reaches_the_scale(kind):
     fast, _ = backends(torch.float16)
     batch = make_batch([3], [3])
@@ -139,7 +139,7 @@ def test_nan_reaches_the_scale(kind):
     assert values.isnan().any(-1).tolist() == [[False] * 3, [False, False, True]]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int6", "int4"])
 def test_zeros_and_constants_are_kept(kind):
     fast, _ = backends(torch.float16)
     batch = make_batch([2], [2])

@@ -29,7 +29,9 @@ def exact() -> torch.Tensor:
     return predictions("float32")
 
 
-@pytest.mark.parametrize(("kind", "most"), [("float16", 1e-5), ("int8", 1e-3), ("int4", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("float16", 1e-5), ("int8", 1e-3), ("int6", 1e-2), ("int4", 0.1)]
+)
 def test_a_rounded_cache_changes_little(exact, kind, most):
     rounded = predictions(kind)
     divergence = float((exact.exp() * (exact - rounded)).sum(-1).mean())

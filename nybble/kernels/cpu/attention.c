@@ -83,6 +83,7 @@ NOINLINE static void load_block(const Cache *c, long row, long count, long next,
     case KIND_F16: load_kv(c, row, count, s, KIND_F16); break;
     case KIND_BF16: load_kv(c, row, count, s, KIND_BF16); break;
     case KIND_I8: load_kv(c, row, count, s, KIND_I8); break;
+    case KIND_I6: load_kv(c, row, count, s, KIND_I6); break;
     case KIND_I4: load_kv(c, row, count, s, KIND_I4); break;
     default: load_kv(c, row, count, s, KIND_F32);
     }

@@ -34,7 +34,7 @@ INLINE void transpose16(f32x16 *r) {
 
 /* Step and low of sixteen slots, `per` numbers apart. */
 INLINE void gather_scales(const float *scales, long per, int kind, f32x16 *step, f32x16 *low) {
-    if (kind == KIND_I8) *step = load_f32(scales);
+    if (kind == KIND_I8 || kind == KIND_I6) *step = load_f32(scales);
     for (int i = 0; i < LANES && kind == KIND_I4; i++) {
         (*step)[i] = scales[i * per];
         (*low)[i] = scales[i * per + 1];
@@ -51,7 +51,7 @@ INLINE void load_keys(float *kt, const Cache *c, long row, const float *scales, 
             gather_scales(scales + j * per + 2 * (first / span), per, kind, &step, &low);
             for (long d = first; d < min_l(dim, first + span); d += LANES) {
                 for (int i = 0; i < LANES; i++)
-                    square[i] = load_cached(c->keys, (row + j + i) * dim + d, kind);
+                    square[i] = load_cached(c->keys, row + j + i, d, dim, kind);
                 transpose16(square);
                 for (int i = 0; i < LANES; i++)
                     store_f32(kt + (d + i) * KEYS + j, dequantize(square[i], step, low, kind));
@@ -69,7 +69,7 @@ INLINE void load_values(float *v, const Cache *c, long row, long count, const fl
             const f32x16 low = splat(kind == KIND_I4 ? at[1] : 0.0f);
             for (long d = first; d < min_l(dim, first + span); d += LANES)
                 store_f32(v + j * dim + d,
-                          dequantize(load_cached(c->values, (row + j) * dim + d, kind), step, low,
+                          dequantize(load_cached(c->values, row + j, d, dim, kind), step, low,
                                      kind));
         }
 }

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from nybble.config import KV_BITS
 from nybble.kernels.cpu import compile
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum of simd.h
-CACHE_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # the same
+CACHE_KINDS = {kind: number for number, kind in enumerate(KV_BITS)}  # the same
 NO_SUCH_SLOT, BAD_BATCH = -2, -3  # the enum of cache.h
 
 _long, _int, _float, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_void_p

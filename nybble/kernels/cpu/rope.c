@@ -65,11 +65,41 @@ INLINE float poison(const float *x, long n) {
     return sum_lanes(sum);
 }
 
-static void store_int8(const float *x, long dim, int8_t *codes, uint16_t *scale) {
+/* Sixteen codes of four bits, two a byte. */
+INLINE void store_nibbles(uint8_t *to, i8x16 codes) {
+    const u64x2 bytes = (u64x2)codes; /* in each byte pair the low code, the high one */
+    const i8x16 pairs = (i8x16)(bytes | bytes >> 4);
+    const i8x16 even = SHUFFLE_BYTES(pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    memcpy(to, &even, 8);
+}
+
+/* Sixteen codes of two bits, four a byte. */
+INLINE void store_crumbs(uint8_t *to, i8x16 codes) {
+    const u64x2 pairs = (u64x2)codes | (u64x2)codes >> 6; /* in bits 0-3 of every second byte */
+    const i8x16 fours = (i8x16)(pairs | pairs >> 12);
+    const i8x16 each = SHUFFLE_BYTES(fours, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    memcpy(to, &each, 4);
+}
+
+/* One scale for codes of -most to most. */
+INLINE float symmetric_step(const float *x, long dim, float most, uint16_t *scale) {
     f32x16 top = splat(0.0f);
     for (long i = 0; i < dim; i += LANES)
         top = max_f(top, max_f(load_f32(x + i), -load_f32(x + i)));
-    const float step = round_half(max_lanes(top) / 127.0f + poison(x, dim), scale);
+    return round_half(max_lanes(top) / most + poison(x, dim), scale);
+}
+
+static void store_int6(const float *x, long dim, uint8_t *codes, uint16_t *scale) {
+    const float step = symmetric_step(x, dim, 31.0f, scale);
+    for (long i = 0; i < dim; i += LANES) {
+        const i8x16 c = narrow_i32(round_to_codes(load_f32(x + i), step, -31, 31) + 32);
+        store_nibbles(codes + i / 2, c & 15);
+        store_crumbs(codes + dim / 2 + i / 4, c >> 4);
+    }
+}
+
+static void store_int8(const float *x, long dim, int8_t *codes, uint16_t *scale) {
+    const float step = symmetric_step(x, dim, 127.0f, scale);
     for (long i = 0; i < dim; i += LANES) {
         const i32x16 c = round_to_codes(load_f32(x + i), step, -127, 127);
         const i8x16 bytes = narrow_i32(c);
@@ -89,10 +119,7 @@ static void store_int4(const float *x, long dim, uint8_t *codes, uint16_t *scale
     const float low = round_half(least, scales + 1);
     for (long i = 0; i < dim; i += LANES) {
         const i32x16 c = round_to_codes(load_f32(x + i) - splat(low), step, 0, 15);
-        const u64x2 bytes = (u64x2)narrow_i32(c); /* in each byte pair the low code, the high one */
-        const i8x16 pairs = (i8x16)(bytes | bytes >> 4);
-        const i8x16 even = SHUFFLE_BYTES(pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-        memcpy(codes + i / 2, &even, 8);
+        store_nibbles(codes + i / 2, narrow_i32(c));
     }
 }
 
@@ -101,6 +128,10 @@ static void store_quantized(const Cache *c, const float *x, void *cache, uint16_
                             long row) {
     if (c->kind == KIND_I8) {
         store_int8(x, c->dim, (int8_t *)cache + row * c->dim, scales + row);
+        return;
+    }
+    if (c->kind == KIND_I6) {
+        store_int6(x, c->dim, (uint8_t *)cache + element_bytes(row * c->dim, KIND_I6), scales + row);
         return;
     }
     scales += row * scales_per_slot(c, KIND_I4);

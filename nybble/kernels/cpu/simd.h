@@ -25,8 +25,8 @@ typedef int8_t i8x32 __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 
-/* Element types of weights and caches (the last two of caches only); see library.py. */
-enum { KIND_F32 = 0, KIND_F16 = 1, KIND_BF16 = 2, KIND_I8 = 3, KIND_I4 = 4 };
+/* Element types of weights and caches (the last three of caches only); see library.py. */
+enum { KIND_F32 = 0, KIND_F16 = 1, KIND_BF16 = 2, KIND_I8 = 3, KIND_I6 = 4, KIND_I4 = 5 };
 
 #define SPLAT(type, x) ((type){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x})
 #if defined(__clang__)

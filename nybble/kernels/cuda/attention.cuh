@@ -1,6 +1,6 @@
 // What the attention kernels share: numbers of the cache, tensor-core fragments, copies.
 //
-// Macros, set by the compiler call: KV 16 fp16 | 17 bf16 | 8 | 4 (kind of the cache), BF16 0|1
+// Macros, set by the compiler call: KV 16 fp16 | 17 bf16 | 8 | 6 | 4 (kind of the cache), BF16 0|1
 // (activations), HEAD_DIM 64|128, PAGE (slots of a page).
 //
 // Products run in the number format of a 16-bit cache, or in fp16 where the cache holds codes.
@@ -11,9 +11,10 @@
 constexpr int kGroup = 64;                        // dimensions that share a step at 4 bits
 constexpr int kGroups = HEAD_DIM / kGroup;
 constexpr int kSteps = HEAD_DIM / 16;             // k16 products of a row
-constexpr bool kCodes = KV < 16;                  // int8 or int4: keys and values are codes
+constexpr bool kCodes = KV < 16;                  // int8, int6 or int4: keys and values are codes
 constexpr int kRowBytes = HEAD_DIM * (kCodes ? KV : 16) / 8;   // of a key or value
-constexpr int kScaleBytes = KV == 8 ? 2 : KV == 4 ? 4 * kGroups : 0;  // beside each of them
+constexpr int kScaleBytes = !kCodes ? 0 : KV == 4 ? 4 * kGroups : 2;  // beside each of them
+constexpr int kCrumbs = HEAD_DIM / 2;             // at 6 bits: where the upper two of a row begin
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return u32(__cvta_generic_to_shared(p));
@@ -53,9 +54,9 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 // 0x6400 | n is the half 1024 + n: masks place codes, arithmetic takes the 1024 off; all exact.
 constexpr float kMagic = 1024.f;
-__device__ __forceinline__ u32 place(u32 word, u32 mask) {
-    u32 out;  // (word & mask) | magic in one instruction, which the compiler does not find
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(0x64006400u));
+__device__ __forceinline__ u32 place(u32 word, u32 mask, u32 onto = 0x64006400u) {
+    u32 out;  // (word & mask) | onto in one instruction, which the compiler does not find
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(onto));
     return out;
 }
 __device__ __forceinline__ u32 low_nibbles(u32 word) {  // 1024 + n of bits 0-3 and 16-19
@@ -75,6 +76,27 @@ __device__ __forceinline__ u32 nibble_pair(u32 word, int byte) {
     const u32 twice = __byte_perm(word, 0, 0x4040 + 0x101 * byte);
     return fma_halves(place(twice, 0x00f0000fu), 0x2c003c00u, 0xd400e400u);
 }
+// The same at 6 bits, n of code n - 32: `crumbs` has the upper two bits where they belong, behind
+// those of the nibbles.
+__device__ __forceinline__ u32 low_sixes(u32 word, u32 crumbs) {  // 1024 + n
+    return place(crumbs, 0x00300030u, low_nibbles(word));
+}
+__device__ __forceinline__ u32 high_sixes(u32 word, u32 crumbs) {  // 1024 + 16 n
+    return place(crumbs, 0x03000300u, high_nibbles(word));
+}
+__device__ __forceinline__ u32 plain_low_sixes(u32 sixes) {
+    return subtract_halves(sixes, 0x64206420u);
+}
+__device__ __forceinline__ u32 plain_high_sixes(u32 sixes) {
+    return fma_halves(sixes, 0x2c002c00u, 0xd600d600u);  // / 16 - 96
+}
+// Elements 2 i and 2 i + 1 of eight.
+__device__ __forceinline__ u32 six_pair(u32 word, u32 crumbs, int i) {
+    const u32 twice = __byte_perm(word, 0, 0x4040 + 0x101 * i);
+    const u32 apart = (crumbs >> 4 * i) * 0x00400010u;  // << 4 in the lower half, << 6 in the upper
+    const u32 sixes = place(apart, 0x03000030u, place(twice, 0x00f0000fu));
+    return fma_halves(sixes, 0x2c003c00u, 0xd600e420u);
+}
 // Bytes are signed; with the top bit turned over they are n + 128.
 __device__ __forceinline__ u32 unsigned_bytes(u32 word) { return word ^ 0x80808080u; }
 __device__ __forceinline__ u32 low_bytes(u32 word) {  // bytes 0 and 1 of unsigned_bytes
@@ -84,18 +106,26 @@ __device__ __forceinline__ u32 high_bytes(u32 word) {  // bytes 2 and 3
     return subtract_halves(__byte_perm(word, 0x64646464u, 0x4342), 0x64806480u);
 }
 
-// Eight codes in a row to eight halves, their scale or (step, low) applied.
-__device__ __forceinline__ uint4 widen(const u8* codes, const u8* scale) {
+// Codes 8 piece .. 8 piece + 7 of a row to halves, their scale or (step, low) applied.
+__device__ __forceinline__ uint4 widen(const u8* row, int piece, const u8* scale) {
     if constexpr (KV == 8) {
         const u32 step = *reinterpret_cast<const u16*>(scale) * 0x10001u;
-        const uint2 v = *reinterpret_cast<const uint2*>(codes);
+        const uint2 v = *reinterpret_cast<const uint2*>(row + 8 * piece);
         const u32 x = unsigned_bytes(v.x), y = unsigned_bytes(v.y);
         return {multiply_halves(low_bytes(x), step), multiply_halves(high_bytes(x), step),
                 multiply_halves(low_bytes(y), step), multiply_halves(high_bytes(y), step)};
+    } else if constexpr (KV == 6) {
+        const u32 step = *reinterpret_cast<const u16*>(scale) * 0x10001u;
+        const u32 word = *reinterpret_cast<const u32*>(row + 4 * piece);
+        const u32 crumbs = *reinterpret_cast<const u16*>(row + kCrumbs + 2 * piece);
+        return {multiply_halves(six_pair(word, crumbs, 0), step),
+                multiply_halves(six_pair(word, crumbs, 1), step),
+                multiply_halves(six_pair(word, crumbs, 2), step),
+                multiply_halves(six_pair(word, crumbs, 3), step)};
     } else {
         const u32 affine = *reinterpret_cast<const u32*>(scale);
         const u32 step = __byte_perm(affine, 0, 0x1010), low = __byte_perm(affine, 0, 0x3232);
-        const u32 word = *reinterpret_cast<const u32*>(codes);
+        const u32 word = *reinterpret_cast<const u32*>(row + 4 * piece);
         return {fma_halves(nibble_pair(word, 0), step, low),
                 fma_halves(nibble_pair(word, 1), step, low),
                 fma_halves(nibble_pair(word, 2), step, low),

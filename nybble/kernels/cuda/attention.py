@@ -9,12 +9,13 @@ from functools import cache
 
 import torch
 
+from nybble.config import KV_BITS
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels.backend import Batch, KVLayer
 from nybble.kernels.cuda.launch import Kernel, kernel
 
 HEAD_DIMS = (64, 128)
-KINDS = {"float16": 16, "bfloat16": 17, "int8": 8, "int4": 4}  # KV of attention.cuh
+KINDS = {"float16": 16, "bfloat16": 17, "int8": 8, "int6": 6, "int4": 4}  # KV of attention.cuh
 
 _LOG2_E = math.log2(math.e)
 _KEY_GROUP = 64  # kGroup of attention.cuh
@@ -84,11 +85,14 @@ class DecodePlan:
         row = row_bytes(kind, head_dim)
         if kind == "int8":
             key_padding = 0 if row % 128 else 64
+        elif kind == "int6":
+            key_padding = 96 - row
         elif kind == "int4":
             key_padding = 0 if row % 64 else 32
         else:
             key_padding = 16
-        stage = self.tile * (2 * row + key_padding + 16 + 2 * _scale_bytes(kind, head_dim))
+        padding = key_padding + (0 if row % 64 == 48 else 16)
+        stage = self.tile * (2 * row + padding + 2 * _scale_bytes(kind, head_dim))
         return self.warps * self.stages * stage
 
 
@@ -97,17 +101,18 @@ DECODE_PLANS = {
     "float16": DecodePlan(tile=16, min_blocks=2),
     "bfloat16": DecodePlan(tile=16, min_blocks=2),
     "int8": DecodePlan(tile=32, stages=2, min_blocks=2),
+    "int6": DecodePlan(tile=32, stages=2, min_blocks=4),
     "int4": DecodePlan(tile=32),
 }
 
 
 def row_bytes(kind: str, head_dim: int) -> int:
     """Bytes of one head's key or value, without scales."""
-    return head_dim * {"int8": 8, "int4": 4}.get(kind, 16) // 8
+    return head_dim * KV_BITS[kind] // 8
 
 
 def _scale_bytes(kind: str, head_dim: int) -> int:
-    return {"int8": 2, "int4": 4 * (head_dim // _KEY_GROUP)}.get(kind, 0)
+    return {"int8": 2, "int6": 2, "int4": 4 * (head_dim // _KEY_GROUP)}.get(kind, 0)
 
 
 def _code_bytes(kind: str, head_dim: int) -> int:
@@ -283,7 +288,7 @@ class PagedAttention:
         defines = {
             "KV": KINDS[layer.kind],
             "BF16": int(self.dtype == torch.bfloat16),
-            "HEAD_DIM": layer.values.shape[3] * (2 if layer.kind == "int4" else 1),
+            "HEAD_DIM": layer.head_dim,
             "PAGE": layer.page_size,
             **extra,
         }

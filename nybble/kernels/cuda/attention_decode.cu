@@ -16,8 +16,9 @@ constexpr int kHeads = 8;                      // columns of a product
 constexpr int kRowTiles = HEAD_DIM / 16;       // of the output
 constexpr int kChunks = kRowBytes / 16;        // 16-byte copies of a row
 // Rows are spread so that the lanes that read together meet 32 different banks.
-constexpr int kValueStride = kRowBytes + 16;
+constexpr int kValueStride = kRowBytes + (kRowBytes % 64 == 48 ? 0 : 16);
 constexpr int kKeyStride = !kCodes                    ? kRowBytes + 16
+                           : KV == 6                  ? 96
                            : KV == 8                  ? kRowBytes + (kRowBytes % 128 ? 0 : 64)
                            : kRowBytes % 64           ? kRowBytes
                                                       : kRowBytes + 32;
@@ -61,18 +62,19 @@ struct Work {
 };
 
 // Queries as the B operand: of step s, lane (g, t) holds four dimensions of head g.
+constexpr int kParts = KV == 4 ? kGroups : 1;  // of a row, with a scale of their own
 struct Queries {
     u32 reg[kSteps][2];
-    // Of heads 2 t and 2 t + 1 and each group of dimensions: the sum, which the low ends of 4-bit
-    // keys are multiplied with, and what the product with 4-bit keys is too large by.
-    float sum[kGroups][2], excess[kGroups][2];
+    // Of heads 2 t and 2 t + 1 and each part: the sum, which the low ends of 4-bit keys are
+    // multiplied with, and what the product with keys of 4 or 6 bits is too large by.
+    float sum[kParts][2], excess[kParts][2];
 };
 
 // The place in memory of the dimensions that lane t multiplies in a step, in pairs.
 __device__ __forceinline__ int dimension(int step, int t, int pair, int half) {
     if (KV == 8) return 64 * (step / 4) + 16 * t + 4 * (step % 4) + 2 * pair + half;
     // A masked word gives nibbles 0 and 4, the next 1 and 5, then 2 and 6, 3 and 7.
-    if (KV == 4)
+    if (KV == 4 || KV == 6)
         return 64 * (step / 4) + 16 * t + 8 * (step % 4 / 2) + 2 * (step % 2) + pair + 4 * half;
     return 16 * step + 8 * pair + 2 * t + half;
 }
@@ -87,23 +89,23 @@ __device__ __forceinline__ Queries load_queries(const Args& a, const Work& w, in
     Queries q;
     const size_t row = size_t(a.cache.starts[w.sequence]) * a.heads + w.head + min(g, w.heads - 1);
     const u16* from = a.q + row * HEAD_DIM;
-    float sum[kGroups] = {}, excess[kGroups] = {};
+    float sum[kParts] = {}, excess[kParts] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             // The second pair of nibbles stays sixteen times as large.
-            const float factor = KV == 4 && pair == 1 ? 16.f : 1.f;
+            const float factor = (KV == 4 || KV == 6) && pair == 1 ? 16.f : 1.f;
             const float x = activation(from[dimension(s, t, pair, 0)]) / factor;
             const float y = activation(from[dimension(s, t, pair, 1)]) / factor;
             q.reg[s][pair] = g < w.heads ? operand_pair(x, y) : 0u;
             const float both = from_half(u16(q.reg[s][pair])) + from_half(u16(q.reg[s][pair] >> 16));
-            sum[s * kGroups / kSteps] += factor * both;
-            excess[s * kGroups / kSteps] += kMagic * both;
+            sum[s * kParts / kSteps] += factor * both;
+            excess[s * kParts / kSteps] += (kMagic + (KV == 6 ? 32.f * factor : 0.f)) * both;
         }
-    if constexpr (KV == 4) {
+    if constexpr (KV == 4 || KV == 6) {
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
+        for (int i = 0; i < kParts; ++i) {
             sum[i] = sum_of_lanes(sum[i]), excess[i] = sum_of_lanes(excess[i]);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -117,18 +119,23 @@ __device__ __forceinline__ Queries load_queries(const Args& a, const Work& w, in
 
 __device__ __forceinline__ void load_tile(const Args& a, const Work& w, int tile, u32 stage,
                                           int lane) {
-    constexpr int kRows = kLanes / kChunks;  // that the lanes copy at a time, 512 bytes
-    const int position = tile * TILE, slot = lane / kChunks, left = w.length - position - slot;
+    // Copies by all lanes, 512 bytes each, after which whole rows are done: kRows of them.
+    constexpr int kTurns = kChunks % 3 ? 1 : 3, kRows = kTurns * kLanes / kChunks;
+    const int position = tile * TILE;
     const long row = row_of(a.cache, w.sequence, w.kv_head, position);
-    const u8* keys = a.cache.keys + row * kRowBytes + lane * 16;
-    const u8* values = a.cache.values + row * kRowBytes + lane * 16;
-    const u32 key = stage + slot * kKeyStride + lane % kChunks * 16;
-    const u32 value = stage + TILE * kKeyStride + slot * kValueStride + lane % kChunks * 16;
 #pragma unroll
-    for (int i = 0; i < TILE / kRows; ++i) {
-        const bool valid = i * kRows < left;
-        copy_async(key + i * kRows * kKeyStride, keys + i * 512, valid);
-        copy_async(value + i * kRows * kValueStride, values + i * 512, valid);
+    for (int turn = 0; turn < kTurns; ++turn) {
+        const int at = turn * kLanes + lane, slot = at / kChunks, left = w.length - position - slot;
+        const u8* keys = a.cache.keys + row * kRowBytes + at * 16;
+        const u8* values = a.cache.values + row * kRowBytes + at * 16;
+        const u32 key = stage + slot * kKeyStride + at % kChunks * 16;
+        const u32 value = stage + TILE * kKeyStride + slot * kValueStride + at % kChunks * 16;
+#pragma unroll
+        for (int i = 0; i < TILE / kRows; ++i) {
+            const bool valid = i * kRows < left;
+            copy_async(key + i * kRows * kKeyStride, keys + i * kTurns * 512, valid);
+            copy_async(value + i * kRows * kValueStride, values + i * kTurns * 512, valid);
+        }
     }
     constexpr int kCopies = TILE * kScaleBytes / 16;  // of key scales, and as many of value scales
 #pragma unroll
@@ -155,6 +162,12 @@ __device__ __forceinline__ Fragment key_fragment(uint4 a, uint4 b, int step) {  
     const u32 high = step == 0 ? b.x : step == 1 ? b.y : step == 2 ? b.z : b.w;
     const u32 x = unsigned_bytes(low), y = unsigned_bytes(high);
     return {low_bytes(x), low_bytes(y), high_bytes(x), high_bytes(y)};
+}
+
+// KV == 6; the upper bits of the word's first and second code are in bits 4-5 and 6-7 of a half.
+__device__ __forceinline__ Fragment key_fragment(u32 a, u32 b, u32 a_crumbs, u32 b_crumbs) {
+    return {low_sixes(a, a_crumbs), low_sixes(b, b_crumbs), high_sixes(a, a_crumbs << 2),
+            high_sixes(b, b_crumbs << 2)};
 }
 
 __device__ __forceinline__ Fragment key_fragment(u32 a, u32 b) {  // KV == 4
@@ -188,6 +201,29 @@ __device__ __forceinline__ void scores(float (&c)[4], const Queries& q, const u8
         const float first = scale * from_half(*reinterpret_cast<const u16*>(scales));
         const float second = scale * from_half(*reinterpret_cast<const u16*>(scales + 16));
         c[0] *= first, c[1] *= first, c[2] *= second, c[3] *= second;
+    } else if constexpr (KV == 6) {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            const uint2 a = *reinterpret_cast<const uint2*>(low + 32 * i + 8 * t);
+            const uint2 b = *reinterpret_cast<const uint2*>(high + 32 * i + 8 * t);
+            const u32 a_crumbs = *reinterpret_cast<const u32*>(low + kCrumbs + 16 * i + 4 * t);
+            const u32 b_crumbs = *reinterpret_cast<const u32*>(high + kCrumbs + 16 * i + 4 * t);
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                // Of eight codes: a byte of four crumbs in either half.
+                const u32 selector = s < 2 ? 0x4140 : 0x4342;
+                const u32 u = __byte_perm(a_crumbs, 0, selector);
+                const u32 v = __byte_perm(b_crumbs, 0, selector);
+                const u32 x = s < 2 ? a.x : a.y, y = s < 2 ? b.x : b.y;
+                const Fragment f = s % 2 ? key_fragment(x >> 8, y >> 8, u, v)
+                                         : key_fragment(x, y, u << 4, v << 4);
+                multiply(c, f, q.reg[4 * i + s][0], q.reg[4 * i + s][1]);
+            }
+        }
+        const float first = scale * from_half(*reinterpret_cast<const u16*>(scales));
+        const float second = scale * from_half(*reinterpret_cast<const u16*>(scales + 16));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[e] = (e < 2 ? first : second) * (c[e] - q.excess[0][e % 2]);
     } else {
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) {
@@ -221,12 +257,12 @@ __device__ __forceinline__ int output_dimension(int tile, int r) {
     return kCodes ? 64 * (tile / 4) + 8 * (r % 8) + 2 * (tile % 4) + r / 8 : 16 * tile + r;
 }
 
-// Of two neighbouring keys: a code's step and low end (at 8 bits its scale), as pairs of halves.
+// Of two neighbouring keys: a code's step and low end (or its scale), as pairs of halves.
 struct Affine { u32 step, low; };
 
 __device__ __forceinline__ Affine affine_of(const u8* scales) {
     const u32 a = *reinterpret_cast<const u32*>(scales);
-    if (KV == 8) return {a, 0u};
+    if (KV != 4) return {a, 0u};
     const u32 b = *reinterpret_cast<const u32*>(scales + kScaleBytes);
     return {__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632)};
 }
@@ -238,6 +274,13 @@ __device__ __forceinline__ void value_pair(u32& even, u32& odd, uint2 a, uint2 b
         const u32 bytes = unsigned_bytes(__byte_perm(x, y, i % 2 ? 0x7362 : 0x5140));
         even = multiply_halves(low_bytes(bytes), f.step);
         odd = multiply_halves(high_bytes(bytes), f.step);
+    } else if (KV == 6) {
+        const u32 selector[4] = {0x0400, 0x0501, 0x0602, 0x0703};
+        const u32 bytes = __byte_perm(a.x, b.x, selector[i]);  // bits 8-15 are masked out
+        const u32 four = __byte_perm(a.y, b.y, selector[i / 2]);  // here too
+        const u32 crumbs = i % 2 ? four : four << 4;
+        even = multiply_halves(plain_low_sixes(low_sixes(bytes, crumbs)), f.step);
+        odd = multiply_halves(plain_high_sixes(high_sixes(bytes, crumbs << 2)), f.step);
     } else {
         const u32 selector[4] = {0x0400, 0x0501, 0x0602, 0x0703};
         const u32 bytes = __byte_perm(a.x, b.x, selector[i]);  // bits 8-15 are masked out
@@ -248,7 +291,9 @@ __device__ __forceinline__ void value_pair(u32& even, u32& odd, uint2 a, uint2 b
 
 __device__ __forceinline__ uint2 value_codes(const u8* row, int g, int group) {
     if (KV == 8) return *reinterpret_cast<const uint2*>(row + 64 * group + 8 * g);
-    return {*reinterpret_cast<const u32*>(row + 32 * group + 4 * g), 0u};
+    const u8* crumbs = row + kCrumbs + 16 * group + 2 * g;
+    return {*reinterpret_cast<const u32*>(row + 32 * group + 4 * g),
+            KV == 6 ? *reinterpret_cast<const u16*>(crumbs) : 0u};
 }
 
 // o += V^T P^T for 16 keys; p as the B operand.

@@ -126,14 +126,14 @@ __device__ __forceinline__ void copy_tile(const Args& a, const Work& w, int tile
 __device__ __forceinline__ void widen_tile(const u8* codes, u8* to, int valid, int thread) {
     constexpr int kPieces = HEAD_DIM / 8, kRows = kGroupThreads / kPieces;  // kRows at a time
     const int piece = thread % kPieces, first = thread / kPieces;
-    const u8* from = codes + thread * KV;
+    const u8* from = codes + first * kRowBytes;
     const u8* scales = codes + kScalesAt + first * kScaleBytes + (KV == 4 ? piece / 8 * 4 : 0);
 #pragma unroll
     for (int is_value = 0; is_value < 2; ++is_value)
 #pragma unroll 4
         for (int row = 0; row < kKeys; row += kRows) {
             const int at = is_value * kKeys + row;
-            const uint4 halves = widen(from + at * kRowBytes, scales + at * kScaleBytes);
+            const uint4 halves = widen(from + at * kRowBytes, piece, scales + at * kScaleBytes);
             *reinterpret_cast<uint4*>(to + is_value * kTileBytes + place_of(first + row, piece)) =
                 first + row < valid ? halves : uint4{0u, 0u, 0u, 0u};
         }

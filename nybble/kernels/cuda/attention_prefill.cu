@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_tile(const Args& a, const Work& w, int tile
 __device__ __forceinline__ void widen_tile(const u8* codes, u8* to, int valid) {
     constexpr int kPieces = HEAD_DIM / 8, kRows = kThreads / kPieces;  // kRows at a time
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
-    const u8* from = codes + threadIdx.x * KV;
+    const u8* from = codes + first * kRowBytes;
     const u8* scales = codes + kScalesAt + first * kScaleBytes + (KV == 4 ? piece / 8 * 4 : 0);
     to += first * kStride + piece * 16;
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ __forceinline__ void widen_tile(const u8* codes, u8* to, int valid) {
 #pragma unroll 4
         for (int row = 0; row < kKeys; row += kRows) {
             const int at = is_value * kKeys + row;
-            const uint4 halves = widen(from + at * kRowBytes, scales + at * kScaleBytes);
+            const uint4 halves = widen(from + at * kRowBytes, piece, scales + at * kScaleBytes);
             *reinterpret_cast<uint4*>(to + is_value * kTileBytes + row * kStride) =
                 first + row < valid ? halves : uint4{0u, 0u, 0u, 0u};
         }

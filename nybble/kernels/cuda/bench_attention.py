@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape
+from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 from nybble.kernels.cuda.attention import KINDS, PagedAttention
 from nybble.kernels.cuda.bench import read_ceiling, seconds
 from nybble.kernels.cuda.rows import RowKernels
@@ -29,7 +29,7 @@ Row = dict[str, float | int | str]
 def random_layers(kind: str, pages: int, device: torch.device) -> list[KVLayer]:
     """As many caches as it takes to leave the L2 cache behind."""
     slots = torch.Size((pages, HEADS, PAGE))
-    width = HEAD_DIM // 2 if kind == "int4" else HEAD_DIM
+    width = stored_width(kind, HEAD_DIM)
     scales = scales_shape(kind, slots, HEAD_DIM)
 
     def codes() -> torch.Tensor:

@@ -82,16 +82,50 @@ __device__ __forceinline__ int nearest(float x, float step, float least, float m
     return step > 0.f ? __float2int_rn(fminf(fmaxf(x / step, least), most)) : 0;
 }
 
-__device__ __forceinline__ void store_int8(const Head& h, u8* codes, u8* scales, long row, int lane) {
+// One scale a head, for codes of -most to most.
+__device__ __forceinline__ u16 store_scale(const Head& h, float most, u8* scales, long row, int lane) {
     float high = 0.f;
 #pragma unroll
     for (int e = 0; e < 2 * kEach; ++e) high = largest(high, fabsf(h.x[e / kEach][e % kEach]));
-    const u16 scale = u16(half_pair(largest_of_warp(high) / 127.f, 0.f));
+    const u16 scale = u16(half_pair(largest_of_warp(high) / most, 0.f));
+    if (lane == 0) reinterpret_cast<u16*>(scales)[row] = scale;
+    return scale;
+}
+
+__device__ __forceinline__ void store_int8(const Head& h, u8* codes, u8* scales, long row, int lane) {
+    const u16 scale = store_scale(h, 127.f, scales, row, lane);
 #pragma unroll
     for (int e = 0; e < 2 * kEach; ++e)
         codes[row * kRowBytes + e / kEach * kHalf + kEach * lane + e % kEach] =
             u8(nearest(h.x[e / kEach][e % kEach], from_half(scale), -127.f, 127.f));
-    if (lane == 0) reinterpret_cast<u16*>(scales)[row] = scale;
+}
+
+// The codes of one half of a row, `bits` of each: the lanes that share a byte give them to the first.
+template <int bits>
+__device__ __forceinline__ void pack(const int (&code)[kEach], u8* to, int lane) {
+    constexpr int kSharers = 8 / bits / kEach;
+    int byte = code[0];
+    if constexpr (kEach == 2) byte |= code[kEach - 1] << bits;
+#pragma unroll
+    for (int other = 1; other < kSharers; other *= 2)
+        byte |= __shfl_down_sync(~0u, byte, other) << other * kEach * bits;
+    if (lane % kSharers == 0) to[lane / kSharers] = u8(byte);
+}
+
+__device__ __forceinline__ void store_int6(const Head& h, u8* codes, u8* scales, long row, int lane) {
+    const float step = from_half(store_scale(h, 31.f, scales, row, lane));
+    u8* to = codes + row * kRowBytes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int nibble[kEach], crumb[kEach];
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+            const int code = nearest(h.x[half][e], step, -31.f, 31.f) + 32;
+            nibble[e] = code & 15, crumb[e] = code >> 4;
+        }
+        pack<4>(nibble, to + half * (HEAD_DIM / 4), lane);
+        pack<2>(crumb, to + kCrumbs + half * (HEAD_DIM / 8), lane);
+    }
 }
 
 // A group is one half of 128 dimensions, or both halves of 64.
@@ -114,13 +148,7 @@ __device__ __forceinline__ void store_int4(const Head& h, u8* codes, u8* scales,
         int code[kEach];
 #pragma unroll
         for (int e = 0; e < kEach; ++e) code[e] = nearest(h.x[half][e] - from, step, 0.f, 15.f);
-        u8* to = codes + row * kRowBytes + half * (kRowBytes / 2);
-        if constexpr (kEach == 2) {
-            to[lane] = u8(code[0] | code[kEach - 1] << 4);
-        } else {
-            const int next = __shfl_down_sync(~0u, code[0], 1);
-            if (lane % 2 == 0) to[lane / 2] = u8(code[0] | next << 4);
-        }
+        pack<4>(code, codes + row * kRowBytes + half * (kRowBytes / 2), lane);
         if (lane == 0 && half < kGroups)
             reinterpret_cast<u32*>(scales)[row * kGroups + half] = affine;
     }
@@ -129,6 +157,8 @@ __device__ __forceinline__ void store_int4(const Head& h, u8* codes, u8* scales,
 __device__ __forceinline__ void store(const Head& h, u8* cache, u8* scales, long row, int lane) {
     if constexpr (KV == 8) {
         store_int8(h, cache, scales, row, lane);
+    } else if constexpr (KV == 6) {
+        store_int6(h, cache, scales, row, lane);
     } else if constexpr (KV == 4) {
         store_int4(h, cache, scales, row, lane);
     } else {

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from nybble.errors import ConfigError
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape
+from nybble.kernels import ref_cache
+from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 from nybble.kernels.cuda.backend import CudaBackend
 from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import RefBackend
@@ -110,7 +111,7 @@ def _batch(device: torch.device, page_size: int) -> tuple[Batch, Batch]:
 def _layer(device: torch.device, shape: Shape, batch: Batch) -> KVLayer:
     """An empty cache; what no step writes is NaN, or at least codes that mean nothing."""
     slots = torch.Size((batch.pages.numel(), shape.num_kv_heads, shape.page_size))
-    width = shape.head_dim // 2 if shape.kv_kind == "int4" else shape.head_dim
+    width = stored_width(shape.kv_kind, shape.head_dim)
     dtype = KV_DTYPES[shape.kv_kind]
     fill = torch.nan if dtype.is_floating_point else 77
     scales = scales_shape(shape.kv_kind, slots, shape.head_dim)
@@ -129,9 +130,7 @@ def _layer(device: torch.device, shape: Shape, batch: Batch) -> KVLayer:
 def _compare_caches(got: KVLayer, want: KVLayer) -> None:
     """Codes may differ by one where a value lies between two; 16-bit numbers by a rounding."""
     for name in ("keys", "values"):
-        a, b = (getattr(layer, name) for layer in (got, want))
-        if got.kind == "int4":
-            a, b = (torch.stack((x & 15, x >> 4)).to(torch.int8) for x in (a, b))
+        a, b = (ref_cache.unpack(got.kind, getattr(layer, name)) for layer in (got, want))
         if a.is_floating_point():
             written = ~b.isnan()
             _compare(f"rope_store ({name})", a[written], b[written])

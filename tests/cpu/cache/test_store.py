@@ -39,7 +39,7 @@ def test_a_store_weighs_what_it_was_said_to(kind, head_dim):
     assert store.layers[0].head_dim == head_dim
 
 
-@pytest.mark.parametrize("kind", ["float16", "int4"])
+@pytest.mark.parametrize("kind", ["float16", "int6", "int4"])
 def test_growing_keeps_the_pages(kind):
     store = KVStore(config(), kind, 2, CPU)
     for layer in store.layers:

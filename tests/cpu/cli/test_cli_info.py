@@ -33,7 +33,7 @@ def test_info_of_a_16_bit_folder() -> None:
     assert facts["disk_bytes"] == 4 * parameters  # the toy is fp32
     assert facts["quantisation"] is None
     assert facts["tokenizer"] is False
-    assert facts["kv_bytes_per_token"] == {"fp16": 512, "int8": 288, "int4": 192}
+    assert facts["kv_bytes_per_token"] == {"fp16": 512, "int8": 288, "int6": 224, "int4": 192}
     assert facts["architecture"]["layers"] == 2
 
 
@@ -66,7 +66,7 @@ def test_info_tells_the_dialect_and_what_fits(tmp_path: Path) -> None:
         "group_indices": True,
     }
     assert [fit["weights_fit"] for fit in facts["fits"]] == [True, False]
-    assert facts["fits"][0]["context"] == {"fp16": 64, "int8": 64, "int4": 64}
+    assert facts["fits"][0]["context"] == {"fp16": 64, "int8": 64, "int6": 64, "int4": 64}
     page = run("info", str(tmp_path / "toy")).stdout
     assert "GPTQ, 4 bits, groups of 32, symmetric, no act-order, labelled v1" in page
     assert "missing: token ids only" in page

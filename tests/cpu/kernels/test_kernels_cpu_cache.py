@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from paged import copy_layer, fill, make_batch, make_layer, whole
 
@@ -32,7 +32,7 @@ def threads(request):
 
 def read(layer, part):
     scales = layer.key_scales if part == "keys" else layer.value_scales
-    return ref_cache.dequantize(getattr(layer, part), scales)
+    return ref_cache.dequantize(layer.kind, getattr(layer, part), scales)
 
 
 @relaxed
@@ -45,6 +45,7 @@ def read(layer, part):
     kind=kinds,
 )
 def test_rope_store(cpu, ref, new, half, kv_heads, group, page_size, kind):
+    assume(kind != "int6" or half % 2 == 0)  # whole bytes
     dim, heads, tokens = 2 * half, kv_heads * group, sum(new)
     past = [7 * i for i in range(len(new))]
     batch, pages = make_batch(new, past, page_size, seed=half)
@@ -63,7 +64,7 @@ def test_rope_store(cpu, ref, new, half, kv_heads, group, page_size, kind):
         *(read(layer, "values") for layer in layers), atol=0, rtol=0, equal_nan=True
     )
     # A key on the edge of two codes may fall to either side: one step, or fp16's last bit.
-    step = {"int8": 0.06, "int4": 0.7}.get(kind, 1e-6)
+    step = {"int8": 0.06, "int6": 0.25, "int4": 0.7}.get(kind, 1e-6)
     relative = {"float16": 1e-3, "bfloat16": 8e-3}.get(kind, 1e-6)
     keys = [read(layer, "keys") for layer in layers]
     torch.testing.assert_close(*keys, atol=step, rtol=relative, equal_nan=True)
@@ -87,7 +88,7 @@ def test_storing_rounds_every_value_as_torch_does(cpu, kind):
     torch.testing.assert_close(stored[0], expected, atol=0, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int6", "int4"])
 @pytest.mark.parametrize("dim", [16, 64, 80])
 def test_rounding_at_the_ends(cpu, ref, kind, dim):
     """Zeros, numbers that fp16 cannot hold, Inf and NaN: as the reference has them."""
@@ -172,7 +173,7 @@ def test_attention_over_extreme_scores(cpu, ref):
     torch.testing.assert_close(cpu.attention(far, layer, one, 1.0), v.mean(0))
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int6", "int4"])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tokens", [1, 60])

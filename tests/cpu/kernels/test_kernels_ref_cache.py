@@ -73,8 +73,8 @@ def test_hadamard_is_orthogonal_and_spreads_an_outlier(dim):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    dim=st.sampled_from([6, 16, 64, 80, 128]),
-    kind=st.sampled_from(["int8", "int4"]),
+    dim=st.sampled_from([8, 16, 64, 80, 128]),
+    kind=st.sampled_from(["int8", "int6", "int4"]),
     exponent=st.integers(-3, 3),
     offset=st.sampled_from([0.0, 5.0]),
 )
@@ -83,12 +83,12 @@ def test_values_come_back_within_half_a_step(dim, kind, exponent, offset):
     layer = make_layer(kind, 2, 2, dim)
     batch, _ = make_batch([3], [4])
     ref_cache.store(layer.values, layer.value_scales, kind, batch.slots, x)
-    got = ref_cache.dequantize(layer.values, layer.value_scales)[1, :, 4:7].transpose(0, 1)
+    got = ref_cache.dequantize(kind, layer.values, layer.value_scales)[1, :, 4:7].transpose(0, 1)
     for first in range(0, dim, 64 if kind == "int4" else dim):
         piece = slice(first, first + (64 if kind == "int4" else dim))
         part = x[..., piece]
-        if kind == "int8":
-            step = part.abs().amax(-1, keepdim=True) / 127
+        if kind != "int4":
+            step = part.abs().amax(-1, keepdim=True) / {"int8": 127, "int6": 31}[kind]
         else:
             step = (part.amax(-1, keepdim=True) - part.amin(-1, keepdim=True)) / 15
         # Beside half a step: fp16's rounding of step and low, relative and subnormal.
@@ -105,13 +105,32 @@ def test_int4_stands_in_the_declared_nibbles():
     assert layer.value_scales[1, 0, 0].tolist() == [[0.5, -3.0]]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_int6_stands_in_the_declared_nibbles_and_crumbs():
+    x = torch.arange(-31.0, 32.0, 2.0).expand(1, 1, 32) / 4
+    layer, (batch, _) = make_layer("int6", 2, 1, 32), make_batch([1], [0])
+    ref_cache.store(layer.values, layer.value_scales, "int6", batch.slots, x)
+    codes = list(range(1, 64, 2))  # with 32 added
+    nibbles = [a % 16 | b % 16 << 4 for a, b in zip(codes[::2], codes[1::2], strict=True)]
+    crumbs = [
+        sum((code >> 4) << 2 * j for j, code in enumerate(codes[i : i + 4]))
+        for i in range(0, 32, 4)
+    ]
+    assert layer.values[1, 0, 0].tolist() == nibbles + crumbs
+    assert layer.value_scales[1, 0, 0] == 0.25
+
+
+def test_int6_needs_whole_bytes():
+    with pytest.raises(ConfigError, match="int8"):
+        make_layer("int6", 2, 1, 6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int6", "int4"])
 def test_zeros_and_vanishing_values_come_back_as_such(kind):
     x = torch.zeros(2, 1, 64)
     x[1] = torch.randn(64) * 1e-9  # below fp16's smallest number
     layer, (batch, _) = make_layer(kind, 2, 1), make_batch([2], [0])
     ref_cache.store(layer.values, layer.value_scales, kind, batch.slots, x)
-    got = ref_cache.dequantize(layer.values, layer.value_scales)[1, 0, :2]
+    got = ref_cache.dequantize(kind, layer.values, layer.value_scales)[1, 0, :2]
     assert not got.any()
 
 
@@ -122,11 +141,13 @@ def test_a_bad_value_never_becomes_a_number(kind, bad):
     x[0, 0, 5] = bad
     layer, (batch, _) = make_layer(kind, 2, 1), make_batch([1], [0])
     ref_cache.store(layer.values, layer.value_scales, kind, batch.slots, x)
-    got = ref_cache.dequantize(layer.values, layer.value_scales)[1, 0, 0]
+    got = ref_cache.dequantize(kind, layer.values, layer.value_scales)[1, 0, 0]
     assert not got[5].isfinite()
 
 
-@pytest.mark.parametrize(("kind", "error"), [("float16", 1e-3), ("int8", 0.02), ("int4", 0.25)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("float16", 1e-3), ("int8", 0.02), ("int6", 0.06), ("int4", 0.25)]
+)
 def test_rotated_keys_and_queries_meet(kind, error):
     """q . k survives the rotation, and a channel of outliers does not drown the others."""
     batch, pages = make_batch([40], [0])
