@@ -56,7 +56,8 @@ def _rate(target: Target, count: int, prompt: int, new: int, repeat: int) -> flo
     """The median of tokens/s over runs; prints the table of the last one."""
     rates = []
     for turn in range(repeat):
-        jobs = take(fixed(prompt, new, Random(f"{count}, {turn}")), count)
+        # A few one after another where there are few at a time.
+        jobs = take(fixed(prompt, new, Random(f"{count}, {turn}")), max(count, 4))
         report = summarise({"streams": count}, Load(target, jobs).closed_loop(count))
         rates.append(report.token_rate)
     print(markdown(report) + "\n")

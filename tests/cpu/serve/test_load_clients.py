@@ -136,7 +136,7 @@ class Leaver:
         await writer.wait_closed()
 
 
-def test_200_clients_that_hang_up_leave_nothing(busy):
+def test_200_clients_that_hang_up_leave_nothing(busy, caplog):
     busy.wait_until_idle()
     loop = busy.engine._loop
     tasks = len(asyncio.all_tasks(loop))
@@ -148,6 +148,8 @@ def test_200_clients_that_hang_up_leave_nothing(busy):
     aborted = "nybble_requests_finished_total{'reason': 'abort'}"
     assert after[aborted] - before.get(aborted, 0) > 50
     wait_for(lambda: len(asyncio.all_tasks(loop)) <= tasks)
+    # asyncio warns of a connection that is written to after its end.
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
     # It serves on.
     assert run_clients(busy, [lambda http: streamed(http, 0, 5)])[0][1] == ["length"]
 
