@@ -18,7 +18,8 @@ class Completion:
     """One finished answer.
 
     token_ids: what was generated, without the token that ended it. finish_reason: "stop" (end
-    of turn, stop token or stop string) or "length". logprobs: one a token if they were asked for.
+    of turn, stop token or stop string) or "length". logprobs: one a token if they were asked for;
+    prompt_logprobs: the same for the prompt's tokens but the first.
     """
 
     prompt_token_ids: list[int]
@@ -27,6 +28,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None
     timing: Timing
     decoded: str | None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def text(self) -> str:
@@ -74,14 +76,15 @@ class TextStream:
         reason = "stop" if self._stopped else generation.finish_reason
         if reason is None:
             raise RequestError("The answer is not finished: iterate the stream to its end first.")
-        wanted = generation.params.logprobs is not None
+        params = generation.params
         return Completion(
             prompt_token_ids=generation.prompt_ids,
             token_ids=generation.token_ids,
             finish_reason=reason,
-            logprobs=generation.logprobs if wanted else None,
+            logprobs=None if params.logprobs is None else generation.logprobs,
             timing=generation.timing,
             decoded=None if self._tokenizer is None else self._decoded,
+            prompt_logprobs=None if params.prompt_logprobs is None else generation.prompt_logprobs,
         )
 
     def _run(self) -> Generator[str]:

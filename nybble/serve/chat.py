@@ -51,7 +51,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     speeches = [use.speech(resumed=resumed) if use else Speech() for _ in range(body.n)]
     chat = _Chat(service, model, body, speeches)
     if body.stream:
-        return await EventStream.open(chat.events(answers), host.settings.keep_alive_seconds)
+        return await EventStream.open(chat.events(answers), host.settings)
     async with answers:
         return await while_connected(request.receive, chat.whole(answers))
 

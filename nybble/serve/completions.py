@@ -43,8 +43,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response | C
     )
     completion = _Completion(service, model, body)
     if body.stream:
-        events = completion.events(answers)
-        return await EventStream.open(events, host.settings.keep_alive_seconds)
+        return await EventStream.open(completion.events(answers), host.settings)
     async with answers:
         return await while_connected(request.receive, completion.whole(answers))
 

@@ -141,6 +141,18 @@ def test_logprobs_come_with_the_tokens(llm):
     assert llm.generate("the", GREEDY).logprobs is None
 
 
+def test_a_prompt_can_be_scored_without_an_answer(llm):
+    params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1)
+    completion = llm.generate("the quick fox", params)
+    real = llm.logits(completion.prompt_token_ids)[:, : llm.tokenizer.vocab_size]
+    rows = torch.log_softmax(real, dim=-1)
+    assert (completion.text, completion.finish_reason) == ("", "length")
+    for entry, row in zip(completion.prompt_logprobs, rows, strict=False):
+        assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
+    assert len(completion.prompt_logprobs) == len(completion.prompt_token_ids) - 1
+    assert llm.generate("the", GREEDY).prompt_logprobs is None
+
+
 def test_logits_have_a_row_for_every_token(llm):
     logits = llm.logits([5, 6, 7])
     assert logits.shape == (3, 320)

@@ -10,6 +10,7 @@ import torch
 from openai import OpenAI
 
 from nybble import SamplingParams
+from nybble.cache.store import PAGE_SIZE
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -94,6 +95,15 @@ def test_a_prompt_counts_once_for_all_choices_and_what_is_cached_is_told(openai)
     assert first.prompt_tokens == again.prompt_tokens
     assert first.completion_tokens == 16
     assert again.prompt_tokens_details.cached_tokens > 0
+
+
+def test_choices_share_the_pages_of_their_prompt(openai, llm):
+    chat = [{"role": "user", "content": "the lazy brown dog jumps " * 30}]
+    before = llm.engine.counters.reused_tokens
+    usage = ask(openai, messages=chat, n=4).usage
+    reused = llm.engine.counters.reused_tokens - before
+    assert usage.prompt_tokens > 2 * PAGE_SIZE
+    assert reused >= 3 * (usage.prompt_tokens // PAGE_SIZE - 1) * PAGE_SIZE
 
 
 @pytest.mark.parametrize("as_list", [False, True])
