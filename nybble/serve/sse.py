@@ -14,22 +14,28 @@ from starlette.types import Receive, Scope, Send
 
 from nybble.errors import NybbleError
 from nybble.serve.errors import as_api_error
+from nybble.serve.settings import ServerSettings
 
 T = TypeVar("T")
+# For a reader to take the error that ends a request whose time is up.
+_GRACE_SECONDS = 5.0
 
 
 class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
+async def while_connected(
+    receive: Receive, work: Coroutine[None, None, T], seconds: float | None = None
+) -> T:
     """The result of `work`, which is cancelled when the client hangs up: ClientGoneError.
 
-    receive: where ASGI tells of it, once the request's body has been read.
+    receive: where ASGI tells of it, once the request's body has been read. After `seconds` a
+    client counts as gone that does not take what it is sent.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hangs_up(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGoneError
         return task.result()
@@ -47,29 +53,30 @@ async def _hangs_up(receive: Receive) -> None:
 class EventStream(Response):
     """Sends each text of `events` as one event, then [DONE]; empty texts are left out.
 
-    A comment goes out after `keep_alive` seconds of silence (a queue, a long prompt), so that
+    A comment goes out after keep_alive_seconds of silence (a queue, a long prompt), so that
     nothing between here and the client takes the connection for dead. An error becomes an event.
-    However the stream ends, `events` is closed.
+    However the stream ends, `events` is closed, a little after request_seconds at the latest.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: str, events: AsyncGenerator[str], keep_alive: float) -> None:
+    def __init__(self, first: str, events: AsyncGenerator[str], settings: ServerSettings) -> None:
         # X-Accel-Buffering: nginx would hold events back.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._events = events
-        self._keep_alive = keep_alive
+        self._keep_alive = settings.keep_alive_seconds
+        self._seconds = settings.request_seconds + _GRACE_SECONDS
         self._last = time.monotonic()
 
     @classmethod
-    async def open(cls, events: AsyncGenerator[str], keep_alive: float) -> EventStream:
+    async def open(cls, events: AsyncGenerator[str], settings: ServerSettings) -> EventStream:
         """Get the first event before the response begins: what it raises has its own status.
 
         That also starts `events`, without which closing it would do nothing.
         """
-        return cls(await anext(events), events, keep_alive)
+        return cls(await anext(events), events, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
@@ -77,7 +84,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", **start})
             pulse = asyncio.ensure_future(self._pulse(send))
             try:
-                await while_connected(receive, self._send_all(send))
+                await while_connected(receive, self._send_all(send), self._seconds)
             except ClientGoneError:
                 return
             finally:
