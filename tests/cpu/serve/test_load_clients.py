@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from contextlib import suppress
+from random import Random
 
 import httpx2
 import pytest
@@ -14,6 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import serving, wait_for
 
 from nybble import LLM, SamplingParams
+from nybble.bench.load import Load, Target
+from nybble.bench.serve import summarise
+from nybble.bench.workload import fixed, take
 from nybble.serve.metrics import Metrics
 
 AT_REST = {
@@ -97,12 +100,21 @@ def test_64_streams_at_a_time_say_what_each_says_alone(busy):
     assert after["nybble_prefix_cache_hit_tokens_total"] >= 0
 
 
+def test_bench_serve_understands_this_server(busy):
+    target = Target(f"{busy.url}/v1", "toy", ignore_eos=True)
+    report = summarise({}, Load(target, take(fixed(12, 5, Random(0)), 8)).closed_loop(4))
+    assert (report.finished, report.failures) == (8, {})
+    assert report.new_tokens == 8 * 5
+    assert report.prompt_tokens > 8 * 12
+    assert report.first_token.count == 8
+
+
 class Leaver:
     """A client that hangs up at a moment of its own choice."""
 
     def __init__(self, number):
         self.number = number
-        self.chance = random.Random(number)
+        self.chance = Random(number)
 
     async def __call__(self, http):
         way = self.chance.choice([self.in_the_middle, self.unanswered, self.unsaid])
