@@ -1,5 +1,7 @@
 """A toy model behind a real server."""
 
+import json
+
 import pytest
 import toy
 from openai import OpenAI
@@ -22,6 +24,24 @@ def llm(toy_folder):
 @pytest.fixture(scope="module")
 def server(llm):
     with serving(llm) as running:
+        yield running
+
+
+# Tools as Qwen2.5's template tells of them, in short.
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }} Answer <tool_call>...</tool_call>"
+    "<|im_end|>\n{% endif %}" + toy.TEMPLATE
+)
+
+
+@pytest.fixture(scope="module", params=["react", "hermes"])
+def tool_server(tmp_path_factory, request):
+    """Room for tools in the context; both forms in which models call them."""
+    folder = toy.write_llama(tmp_path_factory.mktemp("toy"), max_position_embeddings=4096)
+    if request.param == "hermes":
+        settings = {"chat_template": TOOL_TEMPLATE, "eos_token": "<|im_end|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with serving(LLM(folder, dtype="float32", threads=1)) as running:
         yield running
 
 

@@ -21,10 +21,17 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("suite", ["conformance"])
-def test_the_openai_npm_client(server, suite):
+def test_the_openai_npm_client(server):
+    node_suite("conformance", server)
+
+
+def test_its_tools_and_structured_output(tool_server):
+    node_suite("tools", tool_server)
+
+
+def node_suite(name, server):
     environment = {**os.environ, "BASE_URL": f"{server.url}/v1", "MODEL": "toy"}
-    command = [NODE, "--test", "--test-reporter=tap", f"{suite}.test.js"]
+    command = [NODE, "--test", "--test-reporter=tap", f"{name}.test.js"]
     done = subprocess.run(
         command, cwd=SUITE, env=environment, capture_output=True, text=True, timeout=120
     )
