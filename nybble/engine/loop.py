@@ -192,6 +192,11 @@ class AsyncGeneration(AsyncIterator[int]):
         self._ended = False
         self._changed = asyncio.Event()
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next token is there already."""
+        return bool(self._tokens)
+
     async def __anext__(self) -> int:
         while not self._tokens and not self._ended:
             self._changed.clear()

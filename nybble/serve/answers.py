@@ -67,36 +67,45 @@ class Answer:
         self._logprobs: list[PlacedLogprob] = []
 
     async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
+        """What came while the reader was busy is one piece: a slow reader gets longer ones."""
         before: float | None = None
+        text = ""
         async for token in self.generation:
             if self._echo is not None and before is None:
                 yield self._prompt(self._echo)
             before = record.token(before)
-            text = self._push(token)
+            text += self._push(token)
             if self._text.stopped:
                 self.close()
                 break
-            if text:
+            if text and not self.generation.ready:
                 yield Piece(self.index, text, self._taken())
+                text = ""
         else:
             if self._echo is not None and before is None:
                 yield self._prompt(self._echo)
-            text = self._text.finish()
+            text += self._text.finish()
         stopped = self._text.stopped or self._enough
         self.finish_reason = "stop" if stopped else self.generation.finish_reason
         yield Piece(self.index, text, self._last_logprobs(), self.finish_reason)
 
     def _prompt(self, first: int) -> Piece:
-        ids, found = self.generation.prompt_ids, self.generation.prompt_logprobs
-        text, placed, decoder = "", [], StreamDecoder(self._tokenizer)
-        for token, logprob in zip(ids, [None, *found] if found else [None] * len(ids), strict=True):
-            placed.append(PlacedLogprob(token, logprob, len(text)))
-            if len(placed) > first:
+        decoder = StreamDecoder(self._tokenizer)
+        text, begins = "", []
+        for number, token in enumerate(self.generation.prompt_ids):
+            begins.append(len(text))
+            if number >= first:
                 text += decoder.push(token)
         text += decoder.finish()
         self._begin = len(text)
-        wanted = self.generation.params.logprobs is not None
-        return Piece(self.index, text, tuple(placed) if wanted else ())
+        return Piece(self.index, text, self._prompt_logprobs(begins))
+
+    def _prompt_logprobs(self, begins: Sequence[int]) -> tuple[PlacedLogprob, ...]:
+        generation = self.generation
+        if generation.params.logprobs is None:
+            return ()
+        found = [None, *generation.prompt_logprobs]
+        return tuple(map(PlacedLogprob, generation.prompt_ids, found, begins))
 
     def _push(self, token: int) -> str:
         if self.generation.params.logprobs is not None:
