@@ -16,6 +16,7 @@ from nybble.kernels.backend import (
     KVLayer,
     LinearFn,
     scales_shape,
+    stored_width,
 )
 from nybble.kernels.matrix import QuantMatrix
 
@@ -86,7 +87,7 @@ def run_all(linears: list[LinearFn], inputs: list[torch.Tensor], last: LinearFn)
 def paged_layer(kind: str, pages: int) -> KVLayer:
     """Random bytes, whatever they mean; scales of 1."""
     slots = torch.Size((pages, KV_HEADS, PAGE_SIZE))
-    width = HEAD_DIM // 2 if kind == "int4" else HEAD_DIM
+    width = stored_width(kind, HEAD_DIM)
     codes = torch.randn(2, *slots, width).mul_(9).to(KV_DTYPES[kind])
     shape = scales_shape(kind, slots, HEAD_DIM)
     scales = None if shape is None else torch.ones(shape, dtype=torch.float16)
@@ -109,7 +110,7 @@ def even_batch(sequences: int, tokens: int, length: int) -> Batch:
 
 
 def report_attention(backend: Backend) -> None:
-    for kind in ("float16", "int8", "int4"):
+    for kind in ("float16", "int8", "int6", "int4"):
         for sequences, tokens, length in ATTENTION:
             batch = even_batch(sequences, tokens, length)
             layer = paged_layer(kind, batch.pages.numel())

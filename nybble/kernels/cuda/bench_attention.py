@@ -168,7 +168,7 @@ def run(contexts: Sequence[int]) -> list[Row]:
     print(f"{torch.cuda.get_device_name(device)}: read ceiling {ceiling / 1e9:.0f} GB/s")
     rows: list[Row] = [{"operation": "ceiling", "bytes_per_s": ceiling}]
     attention = PagedAttention(device, torch.float16)
-    for kind in ("float16", "int8", "int4"):
+    for kind in ("float16", "int8", "int6", "int4"):
         rows += [decode_row(attention, kind, 1, length, ceiling) for length in contexts]
         rows.append(decode_row(attention, kind, 16, 1024, ceiling))
         rows += [
