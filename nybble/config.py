@@ -145,16 +145,18 @@ class EngineConfig:
 
     dtype float32 computes every product in fp32 (exact, slow); auto takes the fastest kernels.
     max_running requests share a step of prefill_chunk tokens, and a cache of cache_tokens.
+    None leaves both to the model and the device.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_context: int | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     threads: int | None = None
     max_running: int = 64
     cache_tokens: int | None = None
+    fill_memory: bool = False
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

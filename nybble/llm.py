@@ -13,9 +13,9 @@ from nybble.checkpoint import Checkpoint, read_json
 from nybble.config import EngineConfig, JsonReader, ModelConfig, token_ids
 from nybble.engine.engine import Engine
 from nybble.errors import RequestError
-from nybble.kernels import select_backend
+from nybble.kernels import select_backend, self_test
 from nybble.kernels.device import find_device
-from nybble.memory import finest_cache
+from nybble.memory import STEP_TOKENS, MemoryPlan, plan_memory, weigh
 from nybble.model import read_model_config
 from nybble.model.loader import load_decoder
 from nybble.model.names import NAMES
@@ -38,8 +38,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What prefill, decode graphs and the libraries take beside weights and cache.
-_GPU_WORKSPACE = 2 << 30
 # What the first generation's own software keeps of a history, where its file does not say.
 _MAX_WINDOW = 6144
 
@@ -51,8 +49,13 @@ class LLM:
     "modelscope:" from ModelScope). device: "auto", "cpu", "cuda". dtype: "auto" takes the
     fastest kernels; "float32" computes everything exactly as the reference does. max_context
     bounds prompt and answer together; None takes what the model advertises. max_running: how
-    many requests run at a time, in steps of at most prefill_chunk tokens; cache_tokens: how many
-    tokens the cache holds for all of them, None: a full context, or 2 GiB if that is more.
+    many requests run at a time, in steps of at most prefill_chunk tokens (None: 512 on a CPU,
+    8,192 on a GPU); cache_tokens: how many tokens the cache holds for all of them, None: a full
+    context, or 2 GiB if that is more.
+
+    On a GPU `memory_plan` says what goes where, and the cache is the finest kind of which a full
+    context fits, of that length or, with fill_memory, of what max_running requests could use,
+    where it is free. Raises CapacityError where no kind fits.
     """
 
     def __init__(  # noqa: PLR0913, all settings stand here once
@@ -64,9 +67,10 @@ class LLM:
         kv_dtype: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         max_running: int = 64,
         cache_tokens: int | None = None,
+        fill_memory: bool = False,
         progress: Progress | None = None,
     ) -> None:
         options = EngineConfig(
@@ -78,6 +82,7 @@ class LLM:
             threads=threads,
             max_running=max_running,
             cache_tokens=cache_tokens,
+            fill_memory=fill_memory,
         )
         self.folder = resolve(model, progress)
         self.config: ModelConfig = read_model_config(self.folder)
@@ -97,12 +102,25 @@ class LLM:
 
         exact, dtype = options.dtype == "float32", _DTYPES.get(options.dtype)
         checkpoint = Checkpoint.open(self.folder)
+        device = find_device(options.device)
         self.backend = select_backend(
-            find_device(options.device), exact=exact, dtype=dtype or self._stored_dtype(checkpoint)
+            device, exact=exact, dtype=dtype or self._stored_dtype(checkpoint)
         )
         logger.info("Running on %s", self.backend.name)
-        decoder = load_decoder(checkpoint, self.config, self.backend, dtype, loading)
         max_context = options.max_context or self.config.max_context
+        step_tokens = options.prefill_chunk or STEP_TOKENS[device.type]
+        kinds = self._kv_kinds(options)
+        plan = self.memory_plan = self._plan(checkpoint, kinds, options, max_context, step_tokens)
+        kv_dtype = plan.kv_dtype if plan else kinds[0]
+        self_test(self.backend, self.config, kv_dtype)
+        decoder = load_decoder(
+            checkpoint,
+            self.config,
+            self.backend,
+            dtype,
+            loading,
+            host_embedding=plan is not None and plan.host_embedding,
+        )
         tokenizer = self.tokenizer
         return Engine(
             decoder,
@@ -112,10 +130,10 @@ class LLM:
             unused_ids=sorted(tokenizer.unused_ids) if tokenizer else (),
             eos_ids=self._eos_ids(),
             max_context=max_context,
-            kv_dtype=self._kv_kind(options, max_context),
-            prefill_chunk=options.prefill_chunk,
+            kv_dtype=kv_dtype,
+            prefill_chunk=step_tokens,
             max_running=options.max_running,
-            cache_tokens=options.cache_tokens,
+            cache_tokens=plan.cache_tokens if plan else options.cache_tokens,
         )
 
     def _stored_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
@@ -123,17 +141,34 @@ class LLM:
         stored = checkpoint.info(NAMES[self.config.family].norm + ".weight").dtype
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
 
-    def _kv_kind(self, options: EngineConfig, max_context: int) -> str:
-        """The cache's kind; auto takes the finest that fits, on a GPU beside the weights."""
-        stored = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
+    def _kv_kinds(self, options: EngineConfig) -> tuple[str, ...]:
+        """The kinds of cache to choose from, the finest first."""
+        if options.kv_dtype != "auto":
+            return (options.kv_dtype,)
         if options.dtype == "float32":
-            stored = "float32"
-        auto = (stored, "int8", "int6", "int4")
-        kinds = auto if options.kv_dtype == "auto" else (options.kv_dtype,)
-        if self.backend.device.type != "cuda":
-            return kinds[0]
-        free = torch.cuda.mem_get_info(self.backend.device)[0] - _GPU_WORKSPACE
-        return finest_cache(self.config, kinds, max_context, free)
+            return ("float32",)
+        stored = "bfloat16" if self.backend.dtype == torch.bfloat16 else "float16"
+        return (stored, "int8", "int6", "int4")
+
+    def _plan(
+        self,
+        checkpoint: Checkpoint,
+        kinds: Sequence[str],
+        options: EngineConfig,
+        max_context: int,
+        step_tokens: int,
+    ) -> MemoryPlan | None:
+        """What goes where on a GPU; elsewhere memory grows with need."""
+        if self.backend.name != "cuda":
+            return None
+        weights = weigh(self.config, {name: checkpoint.info(name) for name in checkpoint.names()})
+        free = torch.cuda.mem_get_info(self.backend.device)[0]
+        least = options.cache_tokens or max_context
+        many = max_context * options.max_running if options.fill_memory else 0
+        most = options.cache_tokens or max(max_context, many)
+        plan = plan_memory(self.config, weights, kinds, (least, most), step_tokens, free)
+        logger.info("Memory: %s", plan)
+        return plan
 
     def _eos_ids(self) -> frozenset[int]:
         ids = frozenset(self.config.eos_token_ids) | self._defaults.eos_token_ids

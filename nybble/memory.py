@@ -13,10 +13,17 @@ from nybble.cache.sizes import bytes_per_token
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig
 from nybble.errors import CapacityError
+from nybble.kernels.cuda.linear import SLAB_BYTES
 
 KV_KINDS = {"fp16": "float16", "int8": "int8", "int6": "int6", "int4": "int4"}
 """The forms of KV cache that are reported, and their kind."""
 
+STEP_TOKENS = {"cuda": 8192, "cpu": 512}
+"""What a step takes where nobody says: long ones keep a GPU's tensor cores busy, short ones keep
+activations in a CPU's caches."""
+
+_LIBRARIES = 512 << 20
+_FILL = 0.95  # of what is free: how much a cache that may grow leaves
 _QKV = ("c_attn", "q_proj", "k_proj", "v_proj")
 _KINDS = {
     "qweight": "quantised weights",
@@ -71,24 +78,83 @@ def fitting_context(config: ModelConfig, kind: str, free_bytes: float) -> int:
     return min(tokens, config.max_context)
 
 
-def finest_cache(
-    config: ModelConfig, kinds: Sequence[str], max_context: int, free_bytes: float
-) -> str:
-    """The first of `kinds` whose cache holds a full context in `free_bytes`.
+def work_bytes(config: ModelConfig, step_tokens: int) -> int:
+    """What a GPU needs beside weights and cache for steps of so many tokens, in 16 bits.
 
-    Raises CapacityError, with what would fit, where none does.
+    Activations of the widest moment of a block, dequantised weights, and what libraries and
+    decode graphs hold.
     """
+    c = config
+    attention = 3 * c.q_size + 2 * c.kv_size
+    gate_up = min(2 * c.intermediate_size, SLAB_BYTES // (2 * c.hidden_size))
+    widest = 2 * c.hidden_size + max(attention, c.intermediate_size + gate_up)
+    return 2 * step_tokens * widest + SLAB_BYTES + _LIBRARIES
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a model will fill a GPU, in bytes; `free` is what there is before it is loaded."""
+
+    weights: int
+    work: int
+    cache: int
+    free: int
+    kv_dtype: str
+    cache_tokens: int
+    host_embedding: bool
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.work + self.cache
+
+    def __str__(self) -> str:
+        return (
+            f"weights {self.weights / 1e9:.1f} GB, {self.kv_dtype} cache of "
+            f"{self.cache_tokens:,} tokens {self.cache / 1e9:.1f} GB, work "
+            f"{self.work / 1e9:.1f} GB: {self.total / 1e9:.1f} of {self.free / 1e9:.1f} GB"
+            + (", token embeddings in main memory" if self.host_embedding else "")
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    weights: Weights,
+    kinds: Sequence[str],
+    cache_tokens: tuple[int, int],
+    step_tokens: int,
+    free: int,
+) -> MemoryPlan:
+    """The plan with the first of `kinds` that fits; the embedding leaves the GPU if that helps.
+
+    cache_tokens: the least that the cache must hold, and the most that it has use for where
+    there is room. Raises CapacityError, with what would fit, where nothing does.
+    """
+    least, most = cache_tokens
+    table = 0 if config.tied else 2 * config.vocab_size * config.hidden_size
+    work = work_bytes(config, step_tokens)
     for kind in kinds:
-        if max_context * bytes_per_token(config, kind) <= free_bytes:
-            return kind
-    last = kinds[-1]
-    needed = max_context * bytes_per_token(config, last)
-    fits = max(math.floor(free_bytes / bytes_per_token(config, last)), 0)
-    smaller = "" if last == "int4" else "--kv-dtype int4 or "
+        each = bytes_per_token(config, kind)
+        for moved in (0, table) if table else (0,):
+            held = weights.memory - moved
+            if held + work + least * each <= free:
+                tokens = min(most, int(_FILL * free - held - work) // each)
+                tokens = max(least, tokens)
+                return MemoryPlan(held, work, tokens * each, free, kind, tokens, moved > 0)
+    last, held = kinds[-1], weights.memory - table
+    cache = least * bytes_per_token(config, last)
     raise CapacityError(
-        f"The {last} cache of {max_context:,} tokens needs {needed / 1e9:.1f} GB beside the "
-        f"weights, {max(free_bytes, 0) / 1e9:.1f} GB are free: use {smaller}--max-context {fits}."
+        _shortage(config, MemoryPlan(held, work, cache, free, last, least, table > 0))
     )
+
+
+def _shortage(config: ModelConfig, plan: MemoryPlan) -> str:
+    left = plan.free - plan.weights - plan.work
+    fits = left // bytes_per_token(config, plan.kv_dtype)
+    needs = f"This model needs {plan.total / 1e9:.1f} GB ({plan}): "
+    if fits < 1:
+        return needs + "use a GPU with more memory, a smaller model, or --device cpu."
+    smaller = "" if plan.kv_dtype == "int4" else "--kv-dtype int4 or "
+    return needs + f"use {smaller}--max-context {fits}."
 
 
 def _kind(config: ModelConfig, name: str, info: TensorInfo) -> str:

@@ -80,9 +80,11 @@ def shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-def random_decoder(config: ModelConfig, backend: Backend, seed: int = 0) -> Decoder:
+def random_decoder(
+    config: ModelConfig, backend: Backend, seed: int = 0, *, host_embedding: bool = False
+) -> Decoder:
     """A decoder of this shape, its weights drawn on the backend's device; peak memory one matrix
-    above the model's own."""
+    above the model's own. host_embedding: the table of the tokens goes to main memory."""
     draw = _Draw(backend, torch.Generator(backend.device).manual_seed(seed))
     hidden, width = config.hidden_size, config.intermediate_size
     qkv = config.q_size + 2 * config.kv_size
@@ -99,10 +101,11 @@ def random_decoder(config: ModelConfig, backend: Backend, seed: int = 0) -> Deco
             down_proj=draw.linear(width, hidden),
         )
 
+    table = draw.floats(config.vocab_size, hidden)
     return Decoder(
         config=config,
         backend=backend,
-        embed_tokens=draw.floats(config.vocab_size, hidden),
+        embed_tokens=table.cpu().pin_memory() if host_embedding else table,
         layers=tuple(layer() for _ in range(config.num_layers)),
         norm=draw.norm(hidden),
         lm_head=backend.head_linear(draw.floats(config.vocab_size, hidden) * hidden**-0.5),

@@ -109,7 +109,14 @@ def measure(decoder: Decoder, plan: Plan, new_tokens: int, ceiling: float) -> Ro
     )
 
 
-def run(name: str, plans: Sequence[Plan], new_tokens: int, note: Callable[[str], None]) -> Run:
+def run(
+    name: str,
+    plans: Sequence[Plan],
+    new_tokens: int,
+    note: Callable[[str], None],
+    *,
+    host_embedding: bool = False,
+) -> Run:
     """Load random weights of the shape `name` on the GPU and measure every row.
 
     A plan of kv "auto" takes the finest cache that fits. `note` is told what goes on.
@@ -123,9 +130,13 @@ def run(name: str, plans: Sequence[Plan], new_tokens: int, note: Callable[[str],
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = read_ceiling(device), matmul_ceiling(device)
     begin = time.perf_counter()
-    decoder = random_decoder(config, select_backend(device, dtype=torch.float16))
+    backend = select_backend(device, dtype=torch.float16)
+    decoder = random_decoder(config, backend, host_embedding=host_embedding)
     torch.cuda.synchronize()
-    note(f"{name}: made and packed in {time.perf_counter() - begin:.1f} s.")
+    note(
+        f"{name}: made and packed in {time.perf_counter() - begin:.1f} s, "
+        f"{torch.cuda.memory_allocated() / 1e9:.2f} GB."
+    )
     result = Run(
         model=name,
         device=torch.cuda.get_device_name(device),
@@ -166,7 +177,7 @@ class _Session:
 
     def __init__(self, decoder: Decoder, plan: Plan, new_tokens: int) -> None:
         self.decoder, self.plan = decoder, plan
-        self.device = decoder.embed_tokens.device
+        self.device = decoder.backend.device
         self.total = plan.context + new_tokens + 1
         config = decoder.config
         self.pages_each = -(-self.total // PAGE_SIZE)

@@ -12,7 +12,15 @@ from nybble.checkpoint import Checkpoint
 from nybble.cli import machine
 from nybble.cli.layout import count, size, table
 from nybble.config import ModelConfig
-from nybble.memory import KV_KINDS, Weights, fitting_context, kv_bytes_per_token, weigh
+from nybble.memory import (
+    KV_KINDS,
+    STEP_TOKENS,
+    Weights,
+    fitting_context,
+    kv_bytes_per_token,
+    weigh,
+    work_bytes,
+)
 from nybble.model import read_model_config
 from nybble.resolve import find
 from nybble.tokenizer import has_tokenizer
@@ -78,7 +86,8 @@ def _quantisation(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]
 
 
 def _fit(config: ModelConfig, weights: Weights, memory: machine.Memory) -> dict[str, Any]:
-    left = memory.free - weights.memory
+    work = 0 if memory.name == "RAM" else work_bytes(config, STEP_TOKENS["cuda"])
+    left = memory.free - weights.memory - work
     return {
         "memory": memory.name,
         "free_bytes": memory.free,

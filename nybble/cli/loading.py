@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 _SOURCES = ("huggingface", "modelscope")
 
 
-def load(model: str, running: Running, quiet: bool) -> LLM:
-    """Load a model with a progress bar, then say on stderr what runs."""
+def load(model: str, running: Running, quiet: bool, *, fill_memory: bool = False) -> LLM:
+    """Load a model with a progress bar, then say on stderr what runs. fill_memory: see LLM."""
     from nybble.llm import LLM
 
     with console.ProgressBar() as progress:
-        llm = LLM(model, progress=progress, **vars(running))
+        llm = LLM(model, progress=progress, fill_memory=fill_memory, **vars(running))
     if not quiet:
         console.note(_what_runs(model, llm))
+        if llm.memory_plan is not None:
+            console.note(f"Memory: {llm.memory_plan}")
     return llm
 
 

@@ -38,7 +38,7 @@ class DecodeGraph:
         max_length: int,
         scratch_page: int,
     ) -> None:
-        device = decoder.embed_tokens.device
+        device = decoder.backend.device
         pages = -(-max_length // store.page_size)
         self.decoder, self.store, self.positions = decoder, store, positions
         self.max_length = max_length
@@ -125,7 +125,7 @@ class DecodeGraphs:
             self._positions = positions
         length = max(chunk.end for chunk in chunks)
         graph = self._graph(positions, bucket(len(chunks), 1), bucket(length, _SHORTEST))
-        width, device = -(-length // self.store.page_size), self.decoder.embed_tokens.device
+        width, device = -(-length // self.store.page_size), self.decoder.backend.device
         idle = len(graph.ids) - len(chunks)
         tables = [chunk.sequence.pages[:width] for chunk in chunks]
         unowned = [self.scratch_page] * width

@@ -75,7 +75,7 @@ class Engine:
         share_prefixes: bool = True,
     ) -> None:
         self.decoder = decoder
-        self.device = decoder.embed_tokens.device
+        self.device = decoder.backend.device
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.kv_dtype = kv_dtype

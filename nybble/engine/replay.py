@@ -38,7 +38,7 @@ def _steps(
     decoder: Decoder, ids: list[int], kind: str, alpha: float, prefill_chunk: int
 ) -> Iterator[tuple[torch.Tensor, Step]]:
     """The chunks of `ids`, so that memory stays bounded; each step rests on those before it."""
-    device = decoder.embed_tokens.device
+    device = decoder.backend.device
     store = KVStore(decoder.config, kind, -(-len(ids) // PAGE_SIZE), device)
     positions = make_positions(decoder.config, alpha, len(ids), device)
     for begin in range(0, len(ids), prefill_chunk):

@@ -27,11 +27,11 @@ class Runner:
     """
 
     def __init__(self, decoder: Decoder, kind: str, num_pages: int, page_size: int) -> None:
-        self.device = decoder.embed_tokens.device
+        self.device = decoder.backend.device
         self.num_pages = num_pages
         self._positions = PositionTable(decoder.config, self.device)
-        # The reference kernels read device values on the host, which no graph can capture.
-        captured = self.device.type == "cuda" and decoder.backend.name != "ref"
+        # The other kernels read device values on the host, which no graph can capture.
+        captured = decoder.backend.name == "cuda"
         first = num_pages + 1 if captured else 0
         self._store = KVStore(decoder.config, kind, first, self.device, page_size)
         self._graphs = DecodeGraphs(decoder, self._store, num_pages) if captured else None

@@ -1,5 +1,5 @@
 """Tensors to tensors: one contract, several sets of kernels, one truth (`ref`)."""
 
-from nybble.kernels.table import choose_backend, select_backend
+from nybble.kernels.table import choose_backend, select_backend, self_test
 
-__all__ = ["choose_backend", "select_backend"]
+__all__ = ["choose_backend", "select_backend", "self_test"]

@@ -148,6 +148,13 @@ class Backend(Protocol):
     dtype: torch.dtype
     """Of activations, norms and biases: fp32 on the CPU."""
 
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of table (vocab, hidden), (tokens, hidden) in `dtype`; ids int64 (tokens,).
+
+        A table in pinned main memory serves kernels that can read it from the GPU.
+        """
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x (..., dim), weight (dim,); the mean square in fp32. Zhang and Sennrich 2019."""
         ...

@@ -1,9 +1,9 @@
-"""`python -m nybble.kernels.bench`: the CPU kernels on the demo's shapes, beside the memory."""
+"""The CPU kernels on the demo's shapes, beside the memory: nybble bench kernels --device cpu."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -22,6 +22,7 @@ from nybble.kernels.matrix import QuantMatrix
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 GROUP_SIZE, PAGE_SIZE, REPEATS = 32, 64, 9
+Row = dict[str, float | int | str]
 ATTENTION = (  # (sequences, new tokens of each, keys of each)
     (1, 1, 128),
     (1, 1, 512),
@@ -50,9 +51,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def read_bandwidth() -> float:
-    """GB/s of summing 512 MB: more than any cache holds."""
+    """Bytes a second of summing 512 MB: more than any cache holds."""
     data = torch.ones(2**27)
-    return data.numel() * 4 / seconds(data.sum) / 1e9
+    return data.numel() * 4 / seconds(data.sum)
 
 
 def random_matrix(inputs: int, outputs: int, bits: int = 4) -> QuantMatrix:
@@ -61,7 +62,7 @@ def random_matrix(inputs: int, outputs: int, bits: int = 4) -> QuantMatrix:
     return QuantMatrix(bits, GROUP_SIZE, inputs, words.to(torch.int32), scales)
 
 
-def report_products(backend: Backend) -> None:
+def product_rows(backend: Backend, bandwidth: float) -> Iterator[Row]:
     """All matrices of a token, layer after layer: the weights come from memory, as in a step."""
     matrices = [random_matrix(*shape) for _ in range(LAYERS) for shape in SHAPES]
     head = random_matrix(HIDDEN, VOCAB, bits=8)
@@ -72,10 +73,20 @@ def report_products(backend: Backend) -> None:
     for tokens in (1, 2, 4, 8, 64, 512):
         inputs = [torch.randn(tokens, matrix.in_features) for matrix in matrices]
         taken = seconds(lambda xs=inputs: run_all(linears, xs, last))  # type: ignore[misc]
+        rate = size / taken
         print(
             f"products, {tokens:3} tokens {taken * 1e3:8.2f} ms {tokens / taken:7.0f} tokens/s "
-            f"{size / taken / 1e9:6.1f} GB/s {tokens * work / taken / 1e9:6.0f} GOP/s"
+            f"{rate / 1e9:6.1f} GB/s, {rate / bandwidth:4.0%} of the ceiling, "
+            f"{tokens * work / taken / 1e9:6.0f} GOP/s"
         )
+        yield {
+            "operation": "products",
+            "tokens": tokens,
+            "seconds": taken,
+            "bytes_per_s": rate,
+            "of_ceiling": rate / bandwidth,
+            "op_per_s": tokens * work / taken,
+        }
 
 
 def run_all(linears: list[LinearFn], inputs: list[torch.Tensor], last: LinearFn) -> None:
@@ -109,7 +120,7 @@ def even_batch(sequences: int, tokens: int, length: int) -> Batch:
     return Batch(integers(slots.flatten()), pages, starts, lengths, tokens, length)
 
 
-def report_attention(backend: Backend) -> None:
+def attention_rows(backend: Backend) -> Iterator[Row]:
     for kind in ("float16", "int8", "int6", "int4"):
         for sequences, tokens, length in ATTENTION:
             batch = even_batch(sequences, tokens, length)
@@ -120,15 +131,20 @@ def report_attention(backend: Backend) -> None:
                 f"attention, {kind:7} {sequences:2} x {tokens:4} queries over {length:4} keys "
                 f"{taken * 1e6:9.0f} us a layer"
             )
+            yield {
+                "operation": f"attention {kind}",
+                "sequences": sequences,
+                "new": tokens,
+                "keys": length,
+                "seconds": taken,
+            }
 
 
-def main() -> None:
+def run() -> list[Row]:
+    """Prints and returns the time of every kernel."""
     backend, choice = choose_backend("cpu")
     print(f"{choice.kernel} kernels, {torch.get_num_threads()} threads", *choice.refused, sep="\n")
-    print(f"read bandwidth {read_bandwidth():.1f} GB/s")
-    report_products(backend)
-    report_attention(backend)
-
-
-if __name__ == "__main__":
-    main()
+    bandwidth = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    ceiling: Row = {"operation": "ceiling", "bytes_per_s": bandwidth}
+    return [ceiling, *product_rows(backend, bandwidth), *attention_rows(backend)]

@@ -80,6 +80,9 @@ class RefBackend:
     def choose(self, matrix: QuantMatrix) -> Choice:
         return Choice("ref")
 
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, table).to(self.dtype)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.config import ModelConfig
 from nybble.errors import ConfigError, NybbleError
 from nybble.kernels.backend import Backend, Choice
 from nybble.kernels.matrix import QuantMatrix
@@ -85,6 +86,12 @@ def _cuda(device: torch.device, dtype: torch.dtype | None) -> Backend:
     return CudaBackend(device, dtype or torch.float16)
 
 
+def _triton(device: torch.device, dtype: torch.dtype | None) -> Backend:
+    from nybble.kernels.cuda.triton_backend import TritonBackend
+
+    return TritonBackend.load(device, dtype or torch.float16)
+
+
 def _torch(device: torch.device, dtype: torch.dtype | None) -> Backend:
     from nybble.kernels.torch_cpu import TorchBackend
 
@@ -111,6 +118,7 @@ CANDIDATES = (
     Candidate("cpu", ("cpu",), _cpu),
     Candidate("torch", ("cpu",), _torch),
     Candidate("cuda", ("cuda",), _cuda),
+    Candidate("triton", ("cuda",), _triton),
     Candidate("ref", ("cpu", "cuda", "mps", "xpu"), _ref),
 )
 
@@ -157,3 +165,17 @@ def select_backend(
     dtype: of activations on a GPU, fp16 or bf16.
     """
     return choose_backend(device, "ref" if exact else prefer, None if exact else dtype)[0]
+
+
+def self_test(backend: Backend, config: ModelConfig, kv_kind: str) -> None:
+    """Each GPU kernel that this model will run, against the reference on a random tile.
+
+    Takes milliseconds once the kernels are compiled. ConfigError names one that gives wrong
+    results. The CPU's kernels are tested where they are compiled.
+    """
+    if backend.name == "cuda":
+        from nybble.kernels.cuda import selftest
+        from nybble.kernels.cuda.backend import CudaBackend
+
+        if isinstance(backend, CudaBackend):
+            selftest.check_model(backend, config, kv_kind)

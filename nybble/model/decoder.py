@@ -49,7 +49,7 @@ class Decoder:
 
     config: ModelConfig
     backend: Backend
-    embed_tokens: torch.Tensor  # (vocab, hidden)
+    embed_tokens: torch.Tensor  # (vocab, hidden), on the device or in pinned main memory
     layers: tuple[Layer, ...]
     norm: torch.Tensor  # (hidden,)
     lm_head: LinearFn  # hidden -> vocab
@@ -70,7 +70,7 @@ class Decoder:
         return self.head(x if rows is None else x.index_select(0, rows))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(ids, self.embed_tokens).to(self.norm.dtype)
+        return self.backend.embed(ids, self.embed_tokens)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         x = self.backend.rms_norm(x, self.norm, self.config.norm_eps)

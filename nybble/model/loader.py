@@ -30,13 +30,17 @@ def load_decoder(
     backend: Backend,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    *,
+    host_embedding: bool = False,
 ) -> Decoder:
     """Build the decoder on `backend`. dtype: of unquantised matrices, None keeps the file's.
+
+    host_embedding: the table of the tokens stays in main memory, where a GPU reads its rows.
 
     Raises CheckpointError, naming file and tensor, for anything missing, extra or misshapen;
     that is checked for all tensors before the first weight is read.
     """
-    loader = Loader(checkpoint, config, backend, dtype)
+    loader = Loader(checkpoint, config, backend, dtype, host_embedding)
     loader.check_names()
     layers = []
     for index in range(config.num_layers):
@@ -64,6 +68,7 @@ class Loader:
     config: ModelConfig
     backend: Backend
     dtype: torch.dtype | None = None
+    host_embedding: bool = False
     _expected: set[str] = field(default_factory=set)
 
     # -- what must be there ---------------------------------------------------------------
@@ -175,7 +180,7 @@ class Loader:
 
     def decoder(self, layers: tuple[Layer, ...]) -> Decoder:
         names = NAMES[self.config.family]
-        embedding = self._float(names.embed_tokens + ".weight")
+        embedding = self._embedding(names.embed_tokens + ".weight")
         head = embedding if self.config.tied else self._float(names.lm_head + ".weight")
         # Beside 4-bit blocks an 8-bit head adds nothing; a 16-bit model keeps all its digits.
         lm_head = self.backend.head_linear(head, exact=self.config.quant is None)
@@ -187,6 +192,11 @@ class Loader:
             norm=self._norm(names.norm + ".weight"),
             lm_head=lm_head,
         )
+
+    def _embedding(self, name: str) -> torch.Tensor:
+        if self.host_embedding:
+            return self.checkpoint.tensor(name).to(self.backend.dtype).pin_memory()
+        return self._float(name)
 
     def _float(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name).to(self.backend.device, self.dtype)

@@ -12,7 +12,7 @@ import torch
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig, QuantConfig, RopeConfig
 from nybble.errors import CapacityError
-from nybble.memory import finest_cache, fitting_context, kv_bytes_per_token, weigh
+from nybble.memory import Weights, fitting_context, kv_bytes_per_token, plan_memory, weigh
 
 QWEN_72B = ModelConfig(
     family="qwen",
@@ -129,15 +129,45 @@ def test_a_tied_head_that_is_stored_too_counts_once() -> None:
     assert weights.disk["other"] == 256
 
 
+WEIGHTS_72B = Weights(72_300_000_000, {}, 41_100_000_000)
+
+
 @pytest.mark.parametrize(
-    ("free", "kind"), [(90e9, "float16"), (50e9, "int8"), (43e9, "int6"), (24.2e9, "int4")]
+    ("free", "kind", "host_embedding"),
+    [
+        (130e9, "float16", False),
+        (128e9, "float16", True),
+        (87e9, "int8", False),
+        (84.5e9, "int8", True),
+        (76.5e9, "int6", False),
+        (75e9, "int6", True),
+        (70e9, "int4", False),
+        (66e9, "int4", True),
+    ],
 )
-def test_the_finest_cache_that_holds_the_context(free: float, kind: str) -> None:
-    assert finest_cache(QWEN_72B, ("float16", "int8", "int6", "int4"), 32768, free) == kind
+def test_the_finest_cache_that_holds_the_context(free, kind, host_embedding) -> None:
+    kinds = ("float16", "int8", "int6", "int4")
+    plan = plan_memory(QWEN_72B, WEIGHTS_72B, kinds, (32768, 32768), 8192, int(free))
+    assert (plan.kv_dtype, plan.host_embedding) == (kind, host_embedding)
+    assert plan.total <= free
+    assert plan.cache == 32768 * kv_bytes_per_token(QWEN_72B, {"float16": "fp16"}.get(kind, kind))
 
 
-def test_a_cache_that_does_not_fit_says_what_would() -> None:
-    with pytest.raises(CapacityError, match=r"85\.9 GB.* 40\.0 GB.*int4 or --max-context 15258"):
-        finest_cache(QWEN_72B, ("float16",), 32768, 40e9)
-    with pytest.raises(CapacityError, match="--max-context 13563"):
-        finest_cache(QWEN_72B, ("float16", "int4"), 32768, 10e9)
+def test_a_cache_takes_the_room_that_it_has_use_for() -> None:
+    plan = plan_memory(QWEN_72B, WEIGHTS_72B, ("int8",), (1000, 10**6), 2048, int(84e9))
+    assert 0.94 * 84e9 < plan.total <= 0.95 * 84e9
+    assert plan.cache_tokens > 25_000
+    enough = plan_memory(QWEN_72B, WEIGHTS_72B, ("int8",), (1000, 2000), 2048, int(84e9))
+    assert enough.cache_tokens == 2000
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    def plan(kinds: tuple[str, ...], free: float) -> object:
+        return plan_memory(QWEN_72B, WEIGHTS_72B, kinds, (32768, 32768), 8192, int(free))
+
+    with pytest.raises(CapacityError, match=r"85\.9 GB.* 80\.0 GB.*: use .*int4 or --max-context"):
+        plan(("float16",), 80e9)
+    with pytest.raises(CapacityError, match=r"use --max-context \d+\.$"):
+        plan(("float16", "int4"), 50e9)
+    with pytest.raises(CapacityError, match="a GPU with more memory"):
+        plan(("float16", "int4"), 24e9)

@@ -10,10 +10,14 @@ from paged_samples import empty_layer, make_batch, pages_of, relative_error
 from toy import write_llama
 
 from nybble import LLM, SamplingParams
+from nybble.checkpoint import Checkpoint
+from nybble.engine.engine import Engine
 from nybble.errors import ConfigError
 from nybble.kernels import choose_backend, ref
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.ref import RefBackend
+from nybble.model import read_model_config
+from nybble.model.loader import load_decoder
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -171,3 +175,46 @@ def test_a_model_gives_what_the_cpu_gives(kind, tmp_path):
     if agreed < 40:  # only where two logits nearly tie
         top = exact.logits([*ids[:30], *answers[0][:agreed]])[-1].topk(2).values
         assert (top[0] - top[1]) / want.std() < 4 * limit
+
+
+def test_an_embedding_in_main_memory():
+    backend = CudaBackend("cuda")
+    table = torch.randn(50, 264).half()
+    ids = torch.tensor([3, 49, 0, 3], device="cuda")
+    assert torch.equal(backend.embed(ids, table.pin_memory()).cpu(), table[ids.cpu()])
+    assert torch.equal(backend.embed(ids, table.cuda()).cpu(), table[ids.cpu()])
+    with pytest.raises(ConfigError, match=r"must be pinned and torch\.float16"):
+        backend.embed(ids, table.float().pin_memory())
+
+
+def test_memory_is_taken_as_planned(tmp_path):
+    write_llama(tmp_path, hidden_size=1024, intermediate_size=4096, head_dim=128)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    llm = LLM(tmp_path, device="cuda", dtype="float16", cache_tokens=20_000)
+    taken = torch.cuda.memory_allocated() - before
+    plan = llm.memory_plan
+    assert plan is not None
+    assert taken == pytest.approx(plan.weights + plan.cache, rel=0.02)
+
+
+def test_the_triton_backend_runs_a_model(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    write_llama(tmp_path, hidden_size=256, head_dim=64)
+    config = read_model_config(tmp_path)
+    logits = []
+    for name in ("triton", "ref"):
+        backend = choose_backend("cuda", name)[0]
+        decoder = load_decoder(Checkpoint.open(tmp_path), config, backend)
+        engine = Engine(
+            decoder,
+            vocab_size=config.vocab_size,
+            eos_ids=(),
+            max_context=256,
+            kv_dtype="float16",
+            prefill_chunk=64,
+        )
+        ids = list(range(5, 105))
+        logits.append(engine.logits(ids))
+        assert len(list(engine.generate(ids, SamplingParams(temperature=0, max_tokens=5)))) == 5
+    assert relative_error(*logits) < LIMITS["float16"]

@@ -161,7 +161,7 @@ def test_bias_and_residual(tokens, paired, random):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_dense_product_in_slabs(paired, random, monkeypatch):
-    monkeypatch.setattr(cuda_linear, "_SLAB_BYTES", 3 * 16 * 256 * 2)  # three tiles of this matrix
+    monkeypatch.setattr(cuda_linear, "SLAB_BYTES", 3 * 16 * 256 * 2)  # three tiles of this matrix
     matrix = random_matrix(256, 200, random=random)
     bias = torch.randn(200, device="cuda").half()
     linear = CudaLinear(matrix, bias, paired=paired)

@@ -40,6 +40,11 @@ class CudaBackend:
         self._rows = RowKernels(self.device, dtype)
         self._attention = PagedAttention(self.device, dtype)
 
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        if table.is_cuda:
+            return F.embedding(ids, table).to(self.dtype)
+        return self._rows.embed(ids, table)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rows.rms_norm(x, weight, eps)
 

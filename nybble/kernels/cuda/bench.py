@@ -69,12 +69,12 @@ def read_ceiling(device: torch.device, size: int = 4 << 30) -> float:
     return size / seconds(lambda: run.launch((blocks, 1), 512, arguments, dependent=False))
 
 
-def make_sets(shape: str, *, dtype: torch.dtype, random: torch.Generator) -> list[CudaLinear]:
+def make_sets(
+    shape: str, *, dtype: torch.dtype, random: torch.Generator, bits: int = 4
+) -> list[CudaLinear]:
     inputs, outputs, paired = SHAPES[shape]
-    return [
-        CudaLinear(random_matrix(inputs, outputs, random=random), dtype=dtype, paired=paired)
-        for _ in range(SETS)
-    ]
+    matrices = (random_matrix(inputs, outputs, bits=bits, random=random) for _ in range(SETS))
+    return [CudaLinear(matrix, dtype=dtype, paired=paired) for matrix in matrices]
 
 
 def with_options(
@@ -116,13 +116,21 @@ def host_seconds(linear: CudaLinear, calls: int = 2000) -> float:
     return taken / calls
 
 
-def run(batches: Sequence[int], dtype: torch.dtype, dependent: bool) -> list[Row]:
+def run(
+    batches: Sequence[int], dtype: torch.dtype, dependent: bool = True, bits: int = 4
+) -> list[Row]:
+    """Prints and returns the time of every product, and of the four of one block in a row."""
     device = torch.device("cuda", torch.cuda.current_device())
     random = torch.Generator(device).manual_seed(0)
     ceiling = read_ceiling(device)
-    print(f"{torch.cuda.get_device_name(device)}, {dtype}: read ceiling {ceiling / 1e9:.0f} GB/s")
+    print(
+        f"{torch.cuda.get_device_name(device)}, {dtype}, {bits} bits: "
+        f"read ceiling {ceiling / 1e9:.0f} GB/s"
+    )
     sets = {
-        name: with_options(make_sets(name, dtype=dtype, random=random), dependent=dependent)
+        name: with_options(
+            make_sets(name, dtype=dtype, random=random, bits=bits), dependent=dependent
+        )
         for name in SHAPES
     }
     host = host_seconds(CudaLinear(random_matrix(256, 256, random=random), dtype=dtype))
@@ -150,6 +158,7 @@ def _row(
     )
     return {
         "shape": name,
+        "bits": linears[0].matrix.bits,
         "tokens": tokens,
         "seconds": taken,
         "bytes_per_s": rate,
@@ -162,10 +171,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--no-dependent", action="store_true", help="no dependent launch")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
-    rows = run(options.batches, getattr(torch, options.dtype), not options.no_dependent)
+    dtype = getattr(torch, options.dtype)
+    rows = run(options.batches, dtype, not options.no_dependent, options.bits)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1))
 

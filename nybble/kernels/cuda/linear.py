@@ -27,7 +27,7 @@ _THREADS = 256  # of the kernels in dense.cu
 _SCALE_CODES = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
 # Dequantised weights alive at a time. The 72B's qkv and down fit, so that their outputs are
 # contiguous, which lets cuBLAS add the bias; see docs/decisions/003.
-_SLAB_BYTES = 400 << 20
+SLAB_BYTES = 400 << 20
 
 
 class _GemmArguments(ctypes.Structure):
@@ -201,7 +201,7 @@ class CudaLinear:
         add = residual is not None and not m.paired
         y = x.new_empty(x.shape[0], self.outputs) if residual is None or m.paired else residual
         columns = TILE // 2 if m.paired else TILE
-        step = max(1, _SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
+        step = max(1, SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
         with _sums_in_fp32():
             for first in range(0, m.tiles, step):
                 count = min(step, m.tiles - first)

@@ -1,4 +1,4 @@
-// Operations on one row of activations at a time: RMSNorm (Zhang and Sennrich 2019), SiLU times up.
+// Operations on one row at a time: RMSNorm (Zhang and Sennrich 2019), SiLU times up, embedding.
 //
 // Macros beside that of numbers.cuh: THREADS (of a row), ROWS (of a block), ROUNDS (of THREADS
 // times eight numbers: a row that is normalised has at most so many, and is read once).
@@ -57,6 +57,23 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) rms_norm(const __gri
         for (int i = 0; i < 8; ++i) kept[r].x[i] *= scale * weight.x[i];
         store_eight(a.y + row * a.dim + at, kept[r]);
     }
+}
+
+struct EmbedArgs {
+    const long* ids;
+    const u16* table;  // (vocab, dim); may lie in main memory, pinned
+    u16* y;            // (tokens, dim)
+    int dim;
+};
+
+// Grid: (tokens, blocks of 8 * THREADS numbers).
+extern "C" __global__ void __launch_bounds__(THREADS* ROWS) embed(const __grid_constant__ EmbedArgs a) {
+    let_next_kernel_start();
+    const int at = 8 * (blockIdx.y * THREADS + threadIdx.x);
+    wait_for_previous_kernel();
+    if (at >= a.dim) return;
+    *reinterpret_cast<uint4*>(a.y + size_t(blockIdx.x) * a.dim + at) =
+        *reinterpret_cast<const uint4*>(a.table + a.ids[blockIdx.x] * a.dim + at);
 }
 
 struct SiluArgs {

@@ -18,7 +18,7 @@ _SHORT = 512  # rows up to this long are a warp's, and share blocks
 _SHORT_ROWS = 8
 # One row: many threads, for the shortest way. Many rows: few, so that more rows are in flight.
 _MOST_THREADS, _FEW_THREADS, _MANY_ROWS = 1024, 256, 512
-_SILU_THREADS = 256
+_SILU_THREADS = _EMBED_THREADS = 256
 
 
 class _NormArguments(ctypes.Structure):
@@ -36,6 +36,10 @@ class _SiluArguments(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("row_stride", "count")),
         ("width", ctypes.c_int),
     )
+
+
+class _EmbedArguments(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("ids", "table", "y")), ("dim", ctypes.c_int))
 
 
 class RowKernels:
@@ -69,6 +73,23 @@ class RowKernels:
         run.launch((blocks, 1), threads * per_block, arguments, dependent=False)
         return y
 
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of a table in pinned main memory, which the GPU reads across the bus."""
+        tokens, dim = len(ids), table.shape[1]
+        if table.dtype != self.dtype or not table.is_pinned() or not table.is_contiguous():
+            raise ConfigError(
+                f"An embedding in main memory must be pinned and {self.dtype}, not "
+                f"{table.dtype}: load the model with it on the GPU."
+            )
+        self._check_width(dim)
+        y = torch.empty(tokens, dim, dtype=self.dtype, device=self.device)
+        if tokens:
+            arguments = _EmbedArguments(ids.data_ptr(), table.data_ptr(), y.data_ptr(), dim)
+            run = self._kernel("embed", _EMBED_THREADS, 1, 1)
+            blocks = -(-dim // (_VECTOR * _EMBED_THREADS))
+            run.launch((tokens, blocks), _EMBED_THREADS, arguments, dependent=False)
+        return y
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See Backend.silu_mul."""
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -91,6 +112,10 @@ class RowKernels:
                 f"The CUDA kernels were made for {self.dtype} on {self.device}, got {x.dtype} on "
                 f"{x.device}: convert it."
             )
+        self._check_width(dim)
+
+    @staticmethod
+    def _check_width(dim: int) -> None:
         if dim % _VECTOR:
             raise ConfigError(
                 f"The CUDA kernels take rows of a multiple of {_VECTOR} numbers, not {dim}: "

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.config import ModelConfig, QuantConfig
 from nybble.errors import ConfigError
 from nybble.kernels import ref_cache
 from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 from nybble.kernels.cuda.backend import CudaBackend
+from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import RefBackend
 
 _TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_REGIMES = (1, 12, 48, 100, 1100)  # tokens: one for each kind of matrix kernel
+_INPUTS, _OUTPUTS = 1024, 256
 _LENGTH, _PROMPT = 150, 70  # keys of either sequence; new tokens of the second one
 
 
@@ -30,6 +34,16 @@ class Shape:
     hidden_size: int
     kv_kind: str
     page_size: int = 64
+
+
+def check_model(backend: CudaBackend, config: ModelConfig, kv_kind: str) -> None:
+    """All of them for a model, in each regime of its matrices. Raises ConfigError."""
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    check(backend, Shape(*heads, config.hidden_size, kv_kind))
+    if config.quant is not None:
+        matrix = _random_matrix(backend, config.quant)
+        for tokens in _REGIMES:
+            check_linear(backend, matrix, tokens)
 
 
 def check(backend: CudaBackend, shape: Shape) -> None:
@@ -46,6 +60,20 @@ def check_linear(backend: CudaBackend, matrix: QuantMatrix, tokens: int = 3) -> 
     x = _normal(backend, random, tokens, matrix.in_features)
     want = RefBackend(backend.device, backend.dtype).quant_linear(matrix, None)(x)
     _compare(f"matrix ({matrix.bits} bits)", backend.quant_linear(matrix, None)(x), want)
+
+
+def _random_matrix(backend: CudaBackend, quant: QuantConfig) -> QuantMatrix:
+    """A small one with the grid of the model's."""
+    random = torch.Generator(backend.device).manual_seed(0)
+    return random_matrix(
+        max(_INPUTS, quant.group_size),
+        _OUTPUTS,
+        bits=quant.bits,
+        group_size=quant.group_size,
+        symmetric=quant.sym,
+        scale_dtype=backend.dtype,
+        random=random,
+    )
 
 
 def _check_rows(
