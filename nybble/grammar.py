@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nybble.errors import ConfigError, RequestError
-from nybble.schema import MAX_WHITESPACE, check_schema
+from nybble.schema import check_schema
 from nybble.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import xgrammar
 
+# White space between two parts of JSON: enough to indent, and no way to fill the context with it.
+MAX_WHITESPACE = 32
+# In strings of limited length, xgrammar 0.2 lets control characters stand, which no JSON may.
+_LENGTH_CLASS, _STRING_CLASS = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|.)")
 _CACHE_BYTES = 2**26
 _SOURCE = re.compile(r"^(\[[\d:]+\] \S+?:\d+: )+")
 
@@ -67,7 +72,7 @@ class GrammarCompiler:
 
     def json_object(self) -> Grammar:
         """Any JSON object."""
-        return self._schema({"type": "object"}, strict=False)
+        return self.json_schema({"type": "object"})
 
     def json_schema(self, schema: Mapping[str, Any], strict: bool = False) -> Grammar:
         """JSON that is valid under `schema`.
@@ -76,26 +81,22 @@ class GrammarCompiler:
         says so with additionalProperties.
         """
         check_schema(schema)
-        return self._schema(schema, strict)
+        compiler = self._compiler  # says what is missing, before xgrammar is needed
+        try:
+            return Grammar(compiler.compile_grammar(_json_grammar(schema, strict)))
+        except RuntimeError as error:
+            raise _refused(error) from error
 
     def structure(self, layout: Mapping[str, Any]) -> Grammar:
         """Text with JSON in it: `layout` is the format of an xgrammar structural tag.
 
-        Its schemas are to be checked before (`check_schema`).
+        Its parts {"type": "json_schema", "json_schema": ...} are strict; their schemas are to be
+        checked before (`check_schema`).
         """
-        tag = json.dumps({"type": "structural_tag", "format": layout})
+        compiler = self._compiler
         try:
-            return Grammar(self._compiler.compile_structural_tag(tag))
-        except RuntimeError as error:
-            raise _refused(error) from error
-
-    def _schema(self, schema: Mapping[str, Any], strict: bool) -> Grammar:
-        try:
-            return Grammar(
-                self._compiler.compile_json_schema(
-                    json.dumps(schema), strict_mode=strict, max_whitespace_cnt=MAX_WHITESPACE
-                )
-            )
+            tag = {"type": "structural_tag", "format": _with_grammars(layout)}
+            return Grammar(compiler.compile_structural_tag(tag))
         except RuntimeError as error:
             raise _refused(error) from error
 
@@ -122,6 +123,33 @@ class GrammarCompiler:
         silent = tokenizer.hidden_ids | tokenizer.unused_ids
         ids = range(min(self._vocab_size, tokenizer.vocab_size))
         return [b"" if i in silent else tokenizer.decode_bytes([i]) for i in ids]
+
+
+def _json_grammar(schema: Mapping[str, Any], strict: bool) -> str:
+    """A schema as EBNF."""
+    import xgrammar
+
+    grammar = xgrammar.Grammar.from_json_schema(
+        json.dumps(schema), strict_mode=strict, max_whitespace_cnt=MAX_WHITESPACE
+    )
+    printed = _ESCAPE.sub(_of_fixed_length, str(grammar))
+    return printed.replace(_LENGTH_CLASS, _STRING_CLASS)
+
+
+def _of_fixed_length(escape: re.Match[str]) -> str:
+    """What xgrammar prints as \\xe9, it would read with the hexadecimal digits behind it."""
+    return f"\\u00{escape[1]}" if escape[1] else escape[0]
+
+
+def _with_grammars(layout: Any) -> Any:
+    """The layout with its schemas as EBNF."""
+    if isinstance(layout, list):
+        return [_with_grammars(part) for part in layout]
+    if not isinstance(layout, Mapping):
+        return layout
+    if layout.get("type") == "json_schema":
+        return {"type": "grammar", "grammar": _json_grammar(layout["json_schema"], strict=True)}
+    return {key: _with_grammars(part) for key, part in layout.items()}
 
 
 def _refused(error: RuntimeError) -> RequestError:

@@ -20,9 +20,7 @@ Schema = Mapping[str, Any]
 
 # What a schema may hold: a grammar's compilation takes time for each of them.
 MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 32, 10_000
-MAX_PATTERN, MAX_REPEATS, MAX_MULTIPLE, MAX_INTEGER = 500, 1_000, 1_024, 2**53
-# White space between two parts of JSON: enough to indent, and no way to fill the context with it.
-MAX_WHITESPACE = 32
+MAX_PATTERN, MAX_EXPANDED, MAX_MULTIPLE, MAX_INTEGER = 500, 150, 1_024, 2**53
 
 FORMATS = frozenset(
     [
@@ -306,20 +304,37 @@ def _check_pattern(pattern: object, where: str) -> None:
     in_class = False
     for index, piece in enumerate(pieces):
         anchor = (piece == "^" and index == 0) or (piece == "$" and index == len(pieces) - 1)
-        if not (
-            anchor or _plain_character(piece, in_class) or (not in_class and _plain_operator(piece))
-        ):
+        if not (anchor or _plain_character(piece, in_class)):
             raise RequestError(
                 f"{where}: {piece!r} cannot be enforced there; use characters, classes, groups, "
-                f"alternatives and repeats up to {MAX_REPEATS}, and anchors at both ends only."
+                "alternatives and repeats, and anchors at both ends only."
             )
         in_class = (in_class or piece == "[") and piece != "]"
+    if _expanded(pieces) > MAX_EXPANDED:
+        raise RequestError(
+            f"{where} is longer than {MAX_EXPANDED} characters when its repeats are written out: "
+            "repeat less, or without a limit (* or +)."
+        )
 
 
-def _plain_operator(piece: str) -> bool:
-    if piece.startswith("{"):
-        return all(int(number) <= MAX_REPEATS for number in re.findall(r"\d+", piece))
-    return piece == "(?:"
+def _expanded(pieces: Iterable[str]) -> int:
+    """How many characters and classes a pattern has when counted repeats are written out."""
+    open_groups, last, in_class = [0], 0, False
+    for piece in pieces:
+        if in_class:
+            in_class = piece != "]"
+        elif piece in ("(", "(?:"):
+            open_groups.append(0)
+        elif piece == ")" and len(open_groups) > 1:
+            last = open_groups.pop()
+            open_groups[-1] += last
+        elif piece[0] == "{":
+            numbers = [int(number) for number in re.findall(r"\d+", piece)]
+            open_groups[-1] += last * (max(numbers, default=1) - 1)
+        else:
+            in_class, last = piece == "[", piece not in "^$*+?|"
+            open_groups[-1] += last
+    return sum(open_groups)
 
 
 def _plain_character(piece: str, in_class: bool) -> bool:
@@ -327,7 +342,7 @@ def _plain_character(piece: str, in_class: bool) -> bool:
     if len(piece) == 1:
         return ord(piece) >= 0x20 and (in_class or piece not in "^$")
     if piece[0] != "\\":
-        return in_class
+        return in_class or piece[0] == "{" or piece == "(?:"
     if len(piece) > 2:
         return int(piece[2:], 16) >= 0x20
     return piece[1] in "dDwWsS" or not piece[1].isalnum()

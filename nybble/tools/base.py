@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nybble.errors import RequestError
-from nybble.schema import MAX_WHITESPACE
 
 Message = Mapping[str, Any]
 # A grammar as xgrammar's structural tags spell it.
@@ -172,7 +171,7 @@ class Reply:
 
 def json_arguments(schema: Mapping[str, Any]) -> Layout:
     """The part of a layout that stands for a call's arguments."""
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def check_turns(messages: Sequence[Message]) -> None:
