@@ -87,7 +87,8 @@ class Answer:
             text += self._text.finish()
         stopped = self._text.stopped or self._enough
         self.finish_reason = "stop" if stopped else self.generation.finish_reason
-        yield Piece(self.index, text, self._last_logprobs(), self.finish_reason)
+        logprobs = self._taken() if self._text.stopped else tuple(self._logprobs)
+        yield Piece(self.index, text, logprobs, self.finish_reason)
 
     def _prompt(self, first: int) -> Piece:
         decoder = StreamDecoder(self._tokenizer)
@@ -113,14 +114,11 @@ class Answer:
             self._logprobs.append(PlacedLogprob(token, self.generation.logprobs[-1], offset))
         return self._text.push(token)
 
-    def _last_logprobs(self) -> tuple[PlacedLogprob, ...]:
-        """Without those of the stop string, which is no part of the text."""
-        end = self._begin + self._text.given
-        return tuple(p for p in self._taken() if not self._text.stopped or p.offset < end)
-
     def _taken(self) -> tuple[PlacedLogprob, ...]:
-        taken = tuple(self._logprobs)
-        self._logprobs.clear()
+        """Of the tokens whose text has been passed on: what is held back may become a stop."""
+        end = self._begin + self._text.given
+        taken = tuple(placed for placed in self._logprobs if placed.offset < end)
+        del self._logprobs[: len(taken)]
         return taken
 
     def close(self, error: NybbleError | None = None) -> None:

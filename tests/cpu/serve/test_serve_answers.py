@@ -61,7 +61,7 @@ def test_what_came_at_a_time_is_one_piece(llm):
     assert len(pieces_of(llm, [[token] for token in fox])) == len(fox) + 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_pieces_and_log_probabilities_cover_the_text(llm, data):
     """However the tokens come, whatever they spell, with and without a stop text."""
