@@ -23,22 +23,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["1 request of 4", "4 requests of 1"])
-def samples(server, tmp_path_factory, request):
-    """{task: its rows as lm-eval logs them}, of one run of both tasks."""
-    out = tmp_path_factory.mktemp("lm_eval")
-    model = f"model=toy,base_url={server.url}/v1/completions,max_length=256,max_retries=1"
-    concurrent, _, _, batch = request.param.split()
-    model += f",num_concurrent={concurrent}"
-    command = [LM_EVAL, "--model", "local-completions", "--model_args", model]
-    command += ["--batch_size", batch]
-    command += ["--tasks", "tiny_choice,tiny_generate", "--include_path", str(TASKS)]
-    command += ["--log_samples", "--output_path", str(out)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hf")}
+def evaluate(server, out, kind, path, tasks, batch="1", **model):
+    """{task: its rows as lm-eval logs them}, by their number."""
+    model = {"model": "toy", "base_url": server.url + path, "max_retries": 1, **model}
+    command = [LM_EVAL, "--model", kind, "--tasks", ",".join(tasks), "--include_path", str(TASKS)]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in model.items())]
+    command += ["--batch_size", batch, "--log_samples", "--output_path", str(out)]
+    command += ["--apply_chat_template"] if kind == "local-chat-completions" else []
     done = subprocess.run(
         command,
         cwd=TASKS,
-        env={**os.environ, **offline},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hf")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,8 +42,17 @@ def samples(server, tmp_path_factory, request):
     server.wait_until_idle()
     return {
         task: {row["doc_id"]: row for row in read_rows(out, f"samples_{task}_*.jsonl")}
-        for task in ("tiny_choice", "tiny_generate")
+        for task in tasks
     }
+
+
+@pytest.fixture(scope="module", params=[("1", "4"), ("4", "1")], ids=["batched", "concurrent"])
+def samples(server, tmp_path_factory, request):
+    concurrent, batch = request.param
+    out = tmp_path_factory.mktemp("lm_eval")
+    kind, path, tasks = "local-completions", "/v1/completions", ("tiny_choice", "tiny_generate")
+    options = {"max_length": 256, "num_concurrent": concurrent}
+    return evaluate(server, out, kind, path, tasks, batch, **options)
 
 
 def read_rows(folder, pattern):
@@ -85,3 +89,11 @@ def test_generations(llm, samples):
         params = SamplingParams(temperature=0, max_tokens=12, stop=["q"])
         alone = llm.generate(row["text"], params)
         assert samples["tiny_generate"][index]["resps"] == [[alone.text]]
+
+
+def test_chats(llm, server, tmp_path):
+    kind, path = "local-chat-completions", "/v1/chat/completions"
+    rows = evaluate(server, tmp_path, kind, path, ["tiny_generate"])["tiny_generate"]
+    for index, row in enumerate(ROWS):
+        params = SamplingParams(temperature=0, max_tokens=12, stop=["q"])
+        assert rows[index]["resps"] == [[llm.chat(row["text"], sampling_params=params).text]]

@@ -13,10 +13,14 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from scripted import Script, ScriptedServer  # noqa: E402
+from serving import serving  # noqa: E402
+
+from nybble import SamplingParams  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 SCREENSHOTS = Path(tempfile.gettempdir()) / "nybble-page"
+GREEDY = SamplingParams(temperature=0, max_tokens=16)
 CODE = "Here:\n\n```python\nprint('a rather long line of code that no phone can show')\n```\n"
 
 
@@ -560,3 +564,22 @@ def luminance(colour: str) -> float:
     channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_with_the_real_server(browser, llm):
+    """Key, stream and usage from the server itself, on a toy model."""
+    alone = llm.chat([{"role": "user", "content": "the fox"}], sampling_params=GREEDY)
+    with serving(llm, api_key="secret") as real:
+        page = browser.new_page()
+        page.goto(real.url)
+        page.get_by_label("API key").fill("secret")
+        page.keyboard.press("Enter")
+        page.evaluate("localStorage['nybble.settings'] = '{\"temperature\":0,\"max_tokens\":16}'")
+        ask(page, "the fox")
+        finished(page)
+        expect(page.locator(".speed")).to_contain_text("16 tokens")
+        expect(page.locator(".note")).to_contain_text("limit")
+        kept = page.evaluate("JSON.parse(localStorage['nybble.chat.' + location.hash.slice(1)])")
+        assert kept["messages"][1]["content"] == alone.text
+        page.close()
+        real.wait_until_idle()
