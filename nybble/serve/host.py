@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 
 from fastapi import Request
 
 from nybble.engine.loop import AsyncEngine
-from nybble.errors import NybbleError, UnavailableError
+from nybble.errors import UnavailableError
 from nybble.llm import LLM
 from nybble.serve.errors import unavailable
 from nybble.serve.record import Metrics, RequestRecord
@@ -39,12 +41,11 @@ class Host:
     ) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.failure: NybbleError | None = None
+        self.failure: Exception | None = None
         self._load = load
         self._on_failure = on_failure
         self._service: Service | None = None
         self._draining = False
-        self.ready = asyncio.Event()
 
     async def __aenter__(self) -> Host:
         self._loading = asyncio.create_task(self._start())
@@ -65,10 +66,10 @@ class Host:
 
     async def _start(self) -> None:
         try:
-            llm = await asyncio.to_thread(self._load)
+            llm = await _in_daemon(self._load)
             engine = AsyncEngine(llm.engine, self.settings.max_waiting)
             service = Service(llm, engine, self.settings.names, self.settings.request_seconds)
-        except NybbleError as error:
+        except Exception as error:  # noqa: BLE001, whoever runs the server raises it
             self.failure = error
             if self._on_failure is not None:
                 self._on_failure()
@@ -77,11 +78,10 @@ class Host:
         if self.metrics is not None:
             self.metrics.watch(llm.engine)
         self._service = service
-        self.ready.set()
 
     @property
     def status(self) -> str:
-        """ "ready", or why not: "loading", "failed", "draining", "broken"."""
+        """One of loading, failed, ready, draining, broken (the engine died of a bug)."""
         if self.failure is not None:
             return "failed"
         if self._draining:
@@ -115,6 +115,21 @@ class Host:
                 await engine.drain()
         except TimeoutError:
             await engine.close()
+
+
+def _in_daemon(load: Loader) -> asyncio.Future[LLM]:
+    """As asyncio.to_thread, but nobody waits for the thread when the server stops meanwhile."""
+    future: Future[LLM] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(load())
+        except BaseException as error:  # noqa: BLE001, it is raised where the result is awaited
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="nybble-loading", daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 def host_of(request: Request) -> Host:

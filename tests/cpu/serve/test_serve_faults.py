@@ -230,9 +230,20 @@ def test_while_the_model_is_loaded_requests_get_503(llm):
         assert http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 1}).status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_says_why():
+def test_a_server_that_is_stopped_while_it_loads_does_not_wait():
+    never = threading.Event()
+    begin = time.monotonic()
+    with serving(never.wait, ready=False) as server:
+        wait_for(lambda: server.host.status == "loading")
+    assert server.host.status == "draining"
+    assert time.monotonic() - begin < 15  # with the default pool of threads: for ever
+    never.set()
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, MemoryError, KeyError])
+def test_a_model_that_cannot_be_loaded_says_why(kind):
     def load():
-        raise CheckpointError("model.safetensors is cut short: fetch it again.")
+        raise kind("model.safetensors is cut short: fetch it again.")
 
     with serving(load, ready=False) as server, server.client() as http:
         wait_for(lambda: server.host.status == "failed")
