@@ -124,7 +124,7 @@ SCHEMAS = st.recursive(SCALARS, containers, max_leaves=5)
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(schema=SCHEMAS, strict=st.booleans(), seed=st.integers(0, 2**20))
 def test_whatever_ends_is_valid(llm, compiler, schema, strict, seed):
