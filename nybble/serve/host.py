@@ -43,7 +43,7 @@ class Host:
         self.metrics = metrics
         self.failure: Exception | None = None
         self._load = load
-        self._on_failure = on_failure
+        self._on_failure = on_failure or self._log_failure
         self._service: Service | None = None
         self._draining = False
 
@@ -71,13 +71,15 @@ class Host:
             service = Service(llm, engine, self.settings.names, self.settings.request_seconds)
         except Exception as error:  # noqa: BLE001, whoever runs the server raises it
             self.failure = error
-            if self._on_failure is not None:
-                self._on_failure()
+            self._on_failure()
             return
         await engine.__aenter__()
         if self.metrics is not None:
             self.metrics.watch(llm.engine)
         self._service = service
+
+    def _log_failure(self) -> None:
+        logger.error("The model could not be loaded: %s", self.failure)
 
     @property
     def status(self) -> str:
@@ -94,7 +96,9 @@ class Host:
     def service(self) -> Service:
         """The loaded model; ApiError 503 while there is none, or none for new requests."""
         if self.failure is not None:
-            raise unavailable(f"The model could not be loaded ({self.failure})", "failed", 60)
+            raise unavailable(
+                "The model could not be loaded: the server's own output says why.", "failed", 60
+            )
         if self._draining:
             raise unavailable("The server is shutting down: try again later.", "draining", 30)
         if self._service is None:
