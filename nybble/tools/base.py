@@ -45,13 +45,10 @@ class Tool:
         return self.schema if self.strict else {"type": "object", "additionalProperties": True}
 
     def described(self) -> dict[str, Any]:
-        """The tool in OpenAI's form, for a chat template."""
-        function = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.schema,
-        }
-        return {"type": "function", "function": function}
+        """The tool in OpenAI's form, for a chat template: what is not known is left out."""
+        known = {"description": self.description, "parameters": self.parameters}
+        function = {key: value for key, value in known.items() if value}
+        return {"type": "function", "function": {"name": self.name, **function}}
 
 
 @dataclass(frozen=True)

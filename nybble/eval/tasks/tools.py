@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from nybble.eval import data
 from nybble.eval.task import Item, Prompt, Row, Summary, Task, percent
+from nybble.tools.react import ACTION, OBSERVATION
 
 _HINT = (
     "a folder with react_positive.jsonl and react_negative.jsonl (or the names that end so), rows "
     '{"prompt": ..., "response": the right Thought/Action/Action Input}.'
 )
-_CALL = "\nAction: "
+_CALL = f"{ACTION} "
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ToolUse(Task):
 
     def prompt(self, item: Item) -> Prompt:
         """`card` set no stop word, so a model went on and made up what the tool observed."""
-        stop = () if self.settings.card else ("\nObservation:",)
+        stop = () if self.settings.card else (OBSERVATION,)
         return Prompt(item.query, chat=not self.settings.base, stop=stop)
 
     def extract(self, item: Item, output: str) -> str | None:

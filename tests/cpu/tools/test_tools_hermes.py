@@ -42,6 +42,7 @@ def test_templates_get_tools_and_arguments_as_data():
             "parameters": {"type": "object", "properties": {"a": {}}},
         },
     }
+    assert result.tools[1] == {"type": "function", "function": {"name": "g"}}
     assert result.reply == ""
 
 
