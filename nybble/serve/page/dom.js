@@ -1,13 +1,14 @@
 // Making nodes. Text always goes in as text: nothing here or elsewhere parses HTML.
 
-/** A new element; `on...` attributes are listeners, false and null leave one out. */
+/** A new element; `on...` attributes are listeners, null leaves one out. A child is a node, a text
+ * or an array of them: a model's answer can have more of them than a call has arguments. */
 export function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
+    else if (value != null) node.setAttribute(name, value);
   }
-  node.append(...children);
+  for (const child of children.flat()) node.append(child);
   return node;
 }
 

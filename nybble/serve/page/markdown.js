@@ -27,7 +27,7 @@ export function markdownInto(container, codeBlock) {
     let same = 0;
     while (same < keys.length && keys[same] === shown[same]) same += 1;
     while (container.children.length > same) container.lastChild.remove();
-    container.append(...blocks.slice(same).map((block) => render(block, codeBlock)));
+    for (const block of blocks.slice(same)) container.append(render(block, codeBlock));
     shown = keys;
   };
 }
@@ -168,28 +168,28 @@ function render(block, codeBlock) {
   const inner = (blocks) => blocks.map((child) => render(child, codeBlock));
   switch (block.kind) {
     case "heading": // the page has its own h1
-      return element(`h${Math.min(block.level + 1, 6)}`, {}, ...inline(block.text));
+      return element(`h${Math.min(block.level + 1, 6)}`, {}, inline(block.text));
     case "code":
       return codeBlock(block.language, block.source);
     case "rule":
       return element("hr");
     case "quote":
-      return element("blockquote", {}, ...inner(block.blocks));
+      return element("blockquote", {}, inner(block.blocks));
     case "list":
       return renderList(block, inner);
     case "table":
       return renderTable(block);
     default:
-      return element("p", {}, ...inline(block.text));
+      return element("p", {}, inline(block.text));
   }
 }
 
 function renderList({ start, items }, inner) {
   const nodes = items.map(([first, ...rest]) => {
-    if (first?.kind !== "paragraph") return element("li", {}, ...inner(first ? [first, ...rest] : []));
-    return element("li", {}, ...inline(first.text), ...inner(rest));
+    if (first?.kind !== "paragraph") return element("li", {}, inner(first ? [first, ...rest] : []));
+    return element("li", {}, inline(first.text), inner(rest));
   });
-  return start === null ? element("ul", {}, ...nodes) : element("ol", { start }, ...nodes);
+  return start === null ? element("ul", {}, nodes) : element("ol", { start }, nodes);
 }
 
 function renderTable({ head, align, rows }) {
@@ -197,13 +197,13 @@ function renderTable({ head, align, rows }) {
     element(
       "tr",
       {},
-      ...texts.map((text, i) => element(tag, { class: align[i] }, ...inline(text))),
+      texts.map((text, i) => element(tag, { class: align[i] }, inline(text))),
     );
   const table = element(
     "table",
     {},
     element("thead", {}, row("th", head)),
-    element("tbody", {}, ...rows.map((texts) => row("td", texts))),
+    element("tbody", {}, rows.map((texts) => row("td", texts))),
   );
   return element("div", { class: "table", tabindex: "0" }, table);
 }

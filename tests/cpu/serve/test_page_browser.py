@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Error, Page, expect
+from scripted import Script, ScriptedServer
+from serving import serving
 
-playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-from scripted import Script, ScriptedServer  # noqa: E402
-from serving import serving  # noqa: E402
+from nybble import SamplingParams
 
-from nybble import SamplingParams  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 SCREENSHOTS = Path(tempfile.gettempdir()) / "nybble-page"
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 CODE = "Here:\n\n```python\nprint('a rather long line of code that no phone can show')\n```\n"
-
-
-# Of this module only: while Playwright runs, asyncio.run does not work in other tests.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as runtime:
-        browser = runtime.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +252,7 @@ def test_the_policy_would_stop_a_slip(browser, server):
         "document.createElement('a').setAttribute('onclick', 'window.pwned = 1')",
         "document.createElement('script').textContent = 'window.pwned = 1'",
     ):
-        with pytest.raises(playwright.Error, match="Trusted"):
+        with pytest.raises(Error, match="Trusted"):
             page.evaluate(f"() => {{ {slip}; }}")
     page.close()
 
