@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from nybble.cache.pages import PagePool, page_key
 from nybble.errors import CapacityError
 
+# A row of logits for each of these in one step is what memory is sure to have room for.
+_WHOLE_TOKENS = 512
+
 
 @dataclass(eq=False)
 class TokenSequence:
@@ -222,19 +225,24 @@ class Scheduler:
     def _prefill(self, budget: int) -> Iterator[Chunk]:
         """Half of the budget is for the oldest prompt, the rest for the shortest first.
 
-        So a short prompt passes a long one, and no number of short ones stops a long one.
+        So a short prompt passes a long one, and no number of short ones stops a long one. Those
+        that are read whole have a bound of their own.
         """
         prompts = [sequence for sequence in self.running if sequence.pending]
         shorter = sorted(prompts[1:], key=lambda sequence: sequence.pending)
         others = sum(sequence.pending for sequence in shorter)
         share = max(budget - others, (budget + 1) // 2)
+        whole = _WHOLE_TOKENS
         for sequence in [*prompts[:1], *shorter]:
             self._skip_known(sequence)
-            count = self._chunk_size(sequence, share)
+            count = self._chunk_size(sequence, min(share, whole) if sequence.whole else share)
+            if count == 0 and sequence.whole:
+                continue
             if count == 0:
                 return
             yield self._take(sequence, count)
             budget -= count
+            whole -= count * sequence.whole
             share = budget
 
     def _skip_known(self, sequence: TokenSequence) -> None:

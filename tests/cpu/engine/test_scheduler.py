@@ -271,6 +271,21 @@ def test_requests_that_come_together_share_one_computation_of_their_prefix():
     assert all(s.tokens == answer([*prefix, 50 + n], 1) for n, s in enumerate(sequences))
 
 
+def test_what_is_read_whole_reuses_nothing_and_leaves_room_for_the_logits():
+    machine = Machine(pages=1000, step_tokens=2000)
+    machine.add(range(700))
+    machine.drain()
+    whole = [TokenSequence(list(range(700)), 701, whole=True) for _ in range(2)]
+    for sequence in whole:
+        machine.scheduler.add(sequence)
+    other = machine.add(range(1000, 1600))
+    plan = machine.step()
+    assert sum(len(chunk) for chunk in plan if chunk.sequence in whole) == 512
+    assert other.pending == 1  # its prompt is read, its first token is there
+    machine.drain()
+    assert [sequence.reused for sequence in whole] == [0, 0]
+
+
 def test_shared_pages_are_the_same_pages():
     machine = Machine(pages=32, step_tokens=16)
     prefix = list(range(16))
