@@ -43,7 +43,7 @@ def run(
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_GOODBYE_SECONDS,
         )
-        server = _Server(config, lambda: app.state.host)
+        server = _Server(config, lambda: getattr(app.state, "host", None))
         announce(_url(listener))
         server.run(sockets=[listener])
     failure = app.state.host.failure
@@ -74,14 +74,14 @@ def _url(listener: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """The first signal drains, the second one stops at once. Either way run() returns."""
 
-    def __init__(self, config: uvicorn.Config, host: Callable[[], Host]) -> None:
+    def __init__(self, config: uvicorn.Config, host: Callable[[], Host | None]) -> None:
         super().__init__(config)
         self._host = host
         self._draining: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # A signal handler: the loop may be in the middle of anything.
@@ -95,5 +95,7 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def _drain(self) -> None:
-        await self._host().drain()
+        host = self._host()
+        if host is not None:
+            await host.drain()
         self.should_exit = True

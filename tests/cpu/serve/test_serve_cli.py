@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import threading
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
 from nybble.cli.serve import Listening, _name
+from nybble.serve import server
+from nybble.serve.settings import ServerSettings
 
 
 def serve(*arguments, **env):
@@ -60,3 +65,22 @@ def test_what_clients_call_a_model(tmp_path):
     assert _name(str(folder)) == "Qwen-72B"  # where it stands is nobody's business
     assert _name("Qwen/Qwen-72B-Chat-Int4") == "Qwen/Qwen-72B-Chat-Int4"
     assert Listening(served_name=["a", "b"]).settings("demo").names == ("a", "b")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_of_the_start_is_obeyed(number, monkeypatch):
+    """Also before there is anything that could be drained."""
+
+    def announce(url):
+        load = uvicorn.Config.load
+
+        def load_and_be_stopped(config):
+            signal.raise_signal(number)
+            load(config)
+
+        monkeypatch.setattr(uvicorn.Config, "load", load_and_be_stopped)
+
+    def never():
+        threading.Event().wait()
+
+    server.run(never, ServerSettings(names=("toy",), port=0), announce=announce)

@@ -231,13 +231,10 @@ def test_while_the_model_is_loaded_requests_get_503(llm):
 
 
 def test_a_server_that_is_stopped_while_it_loads_does_not_wait():
-    never = threading.Event()
-    begin = time.monotonic()
-    with serving(never.wait, ready=False) as server:
+    """A thread of asyncio's pool would be waited for, here for ever."""
+    with serving(threading.Event().wait, ready=False) as server:
         wait_for(lambda: server.host.status == "loading")
     assert server.host.status == "draining"
-    assert time.monotonic() - begin < 15  # with the default pool of threads: for ever
-    never.set()
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, MemoryError, KeyError])
