@@ -51,7 +51,7 @@ class ScriptedServer:
         self.requests: list[dict[str, Any]] = []
         self.go = threading.Event()
         self.hung_up = threading.Event()
-        self.models_status = 200
+        self.no_model: str | None = None  # the error code instead
         self.key: str | None = None
 
     def __enter__(self) -> ScriptedServer:
@@ -74,8 +74,8 @@ class ScriptedServer:
         async def models(request: Request) -> Response:
             if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
                 return refusal(401, "Give the API key.")
-            if self.models_status != 200:
-                return refusal(self.models_status, "The model is loading.")
+            if self.no_model:
+                return refusal(503, "No model yet.", self.no_model)
             return JSONResponse({"object": "list", "data": [{"id": "scripted"}]})
 
         @app.post("/v1/chat/completions")
@@ -115,5 +115,5 @@ def event(**fields: Any) -> str:
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
 
 
-def refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": "error"}}, status)
+def refusal(status: int, message: str, code: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": "error", "code": code}}, status)

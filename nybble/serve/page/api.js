@@ -2,9 +2,10 @@
 
 /** What the server refused, in its own words. status: of HTTP; 0 where no answer came. */
 export class ApiError extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = null) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -47,7 +48,8 @@ async function request(path, options) {
   const response = await fetch(path, options).catch(lost);
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
-  throw new ApiError(response.status, body?.error?.message ?? `HTTP ${response.status}`);
+  const { message = `HTTP ${response.status}`, code } = body?.error ?? {};
+  throw new ApiError(response.status, message, code);
 }
 
 /** The connection, or an answer that was stopped: whoever stopped it knows. */

@@ -233,7 +233,7 @@ async function connect() {
       else say(error.message, t("continue"), connect);
       return;
     }
-    say(error.status === 503 ? t("loading") : error.message || t("unreachable"));
+    say(error.code === "loading" ? t("loading") : error.message || t("unreachable"));
     setTimeout(connect, 2000);
   }
 }

@@ -366,13 +366,14 @@ def test_a_server_that_is_gone(page, server):
     expect(page.get_by_role("alert")).to_contain_text("connection to the server was lost")
 
 
-def test_a_loading_model(browser, server):
-    server.models_status = 503
+@pytest.mark.parametrize(("code", "told"), [("loading", "is loading"), ("failed", "No model yet.")])
+def test_a_model_that_is_not_there_yet(browser, server, code, told):
+    server.no_model = code
     page = browser.new_page()
     page.goto(server.url)
-    expect(page.locator("#notice")).to_contain_text("loading")
+    expect(page.locator("#notice")).to_contain_text(told)
     expect(page.locator("#send")).to_be_disabled()
-    server.models_status = 200
+    server.no_model = None
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator("#notice")).to_be_empty()
     page.close()
