@@ -163,18 +163,28 @@ def last_event(reply):
 # -- what breaks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(llm, monkeypatch, stream):
+def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(llm, monkeypatch, stream, n):
     with serving(llm) as server, server.client() as http:
         with monkeypatch.context() as patch:
             patch.setattr(llm.engine._runner, "run", out_of_memory)
-            reply = http.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+            reply = http.post("/v1/chat/completions", json={**CHAT, "stream": stream, "n": n})
         error = last_event(reply)["error"] if stream else reply.json()["error"]
         assert error["code"] == "unavailable"
         assert reply.status_code == (200 if stream else 503)
         good = http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2})
         assert good.status_code == 200
         server.wait_until_idle()
+
+
+def test_one_bad_prompt_of_many_ends_the_request_before_it_begins(llm):
+    with serving(llm) as server, server.client() as http:
+        body = {"prompt": [[5], [6], [70000]], "ignore_eos": True, "max_tokens": 200}
+        before = llm.engine.counters.new_tokens
+        assert http.post("/v1/completions", json=body).status_code == 400
+        server.wait_until_idle()
+        assert llm.engine.counters.new_tokens - before < 100
 
 
 def out_of_memory(*_):
