@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from nybble.errors import RequestError
-from nybble.schema import MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
+from nybble.schema import _KEYWORDS, MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
 
 TEXT = {"type": "string"}
 PERSON = {
@@ -137,6 +138,13 @@ def test_what_cannot(schema, reason):
 def test_patterns_that_no_grammar_keeps(pattern):
     with pytest.raises(RequestError, match="schema/pattern"):
         check_schema({"type": "string", "pattern": pattern})
+
+
+def test_the_docs_name_what_is_enforced():
+    text = (Path(__file__).parents[3] / "docs" / "tools.md").read_text()
+    listed = text.split("Enforced are")[1].split("Everything else")[0]
+    alone = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const", "type"}
+    assert set(re.findall(r"`([^`]+)`", listed)) == alone.union(*_KEYWORDS.values())
 
 
 def nested(depth):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import jsonschema
 import openai as api
@@ -133,6 +135,16 @@ def say(talker, monkeypatch):
 
 def shown(message):
     return [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+
+
+def test_the_example_of_the_docs(talker, say):
+    say(CALL[talker.kind])
+    text = (Path(__file__).parents[3] / "docs" / "tools.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("http://localhost:8000", talker.server.url).replace("demo", "toy")
+    names = {}
+    exec(code, names)
+    assert shown(names["reply"].choices[0].message) == [("get_weather", ARGUMENTS)]
 
 
 # -- calls -----------------------------------------------------------------------------------------
