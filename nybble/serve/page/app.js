@@ -145,8 +145,12 @@ async function answer(asked) {
   $("#status").textContent = t("writing");
   atEnd = true;
   if (asked === conversation) showMessages();
-  const error = await writing.run(store.apiKey(), oncePerFrame(asked));
-  running.delete(asked.id);
+  let error;
+  try {
+    error = await writing.run(store.apiKey(), oncePerFrame(asked));
+  } finally {
+    running.delete(asked.id);
+  }
   if (store.load(asked.id)) keep(asked); // unless it was deleted meanwhile
   $("#status").textContent = t(writing.message.end === "stopped" ? "stopped" : "finished");
   showState();
@@ -205,13 +209,20 @@ function onKey(event) {
     event.preventDefault();
     send();
   }
-  if (event.key === "Escape" && !$("dialog[open]")) escape();
+  if (event.key === "Escape" && !$("dialog[open]")) dismiss();
 }
 
-function escape() {
+/** Escape: away with what lies on top. */
+function dismiss() {
   if (document.body.classList.contains("sidebar")) closeSidebar();
   else if (running.has(conversation.id)) stop();
   else cancelEdit();
+}
+
+/** On a phone; a wide screen always shows it. */
+function openSidebar() {
+  document.body.classList.add("sidebar");
+  $("#close-sidebar").focus();
 }
 
 function closeSidebar() {
@@ -247,7 +258,7 @@ $("#composer").addEventListener("submit", (event) => {
 $("#stop").addEventListener("click", stop);
 $("#cancel-edit").addEventListener("click", cancelEdit);
 $("#new-chat").addEventListener("click", startNew);
-$("#open-sidebar").addEventListener("click", () => document.body.classList.add("sidebar"));
+$("#open-sidebar").addEventListener("click", openSidebar);
 $("#close-sidebar").addEventListener("click", closeSidebar);
 $("#shade").addEventListener("click", closeSidebar);
 $("#open-settings").addEventListener("click", closeSidebar);

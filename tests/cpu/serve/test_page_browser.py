@@ -395,6 +395,32 @@ def test_the_key_is_asked_for(browser, server):
     page.close()
 
 
+def test_leaving_the_key_out_is_no_dead_end(browser, server):
+    server.key = "secret"
+    page = browser.new_page()
+    page.goto(server.url)
+    expect(page.get_by_label("API key")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#notice")).to_contain_text("Give the API key.")
+    page.get_by_role("button", name="Continue").click()
+    page.get_by_label("API key").fill("secret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#send")).to_be_enabled()
+    page.close()
+
+
+def test_two_tabs_keep_each_others_conversations(page, server):
+    other = page.context.new_page()
+    other.goto(server.url)
+    ask(page, "First tab")
+    finished(page)
+    ask(other, "Second tab")
+    finished(other)
+    for tab in (page, other):
+        expect(titles(tab)).to_have_text(["Second tab", "First tab"])
+    other.close()
+
+
 # -- people ----------------------------------------------------------------------------------------
 
 
