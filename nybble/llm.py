@@ -117,7 +117,7 @@ class LLM:
             checkpoint,
             self.config,
             self.backend,
-            dtype,
+            self.backend.dtype if plan else dtype,
             loading,
             host_embedding=plan is not None and plan.host_embedding,
         )
@@ -161,7 +161,8 @@ class LLM:
         """What goes where on a GPU; elsewhere memory grows with need."""
         if self.backend.name != "cuda":
             return None
-        weights = weigh(self.config, {name: checkpoint.info(name) for name in checkpoint.names()})
+        tensors = {name: checkpoint.info(name) for name in checkpoint.names()}
+        weights = weigh(self.config, tensors, self.backend.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.backend.device)[0]
         least = options.cache_tokens or max_context
         many = max_context * options.max_running if options.fill_memory else 0

@@ -53,8 +53,13 @@ class Weights:
         return sum(self.disk.values())
 
 
-def weigh(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
-    """The sizes of a checkpoint from its tensors' names, dtypes and shapes."""
+def weigh(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], float_bytes: int | None = None
+) -> Weights:
+    """The sizes of a checkpoint from its tensors' names, dtypes and shapes.
+
+    float_bytes: of an unquantised number once loaded, None: as in the file.
+    """
     disk: dict[str, int] = {}
     for name, info in tensors.items():
         kind = _kind(config, name, info)
@@ -63,7 +68,7 @@ def weigh(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
     return Weights(
         parameters=sum(_parameters(config, name, info) for name, info in used.items()),
         disk=disk,
-        memory=sum(_memory(config, name, info) for name, info in used.items()),
+        memory=sum(_memory(config, name, info, float_bytes) for name, info in used.items()),
     )
 
 
@@ -195,11 +200,13 @@ def _parameters(config: ModelConfig, name: str, info: TensorInfo) -> int:
     return math.prod(info.shape) * packed
 
 
-def _memory(config: ModelConfig, name: str, info: TensorInfo) -> int:
+def _memory(config: ModelConfig, name: str, info: TensorInfo, float_bytes: int | None) -> int:
     """Symmetric matrices keep no zero points, others a byte each; only act-order keeps an index."""
     suffix, quant = name.rpartition(".")[2], config.quant
     if suffix == "qzeros" and quant:
         return 0 if quant.sym else math.prod(info.shape) * (32 // quant.bits)
     if suffix == "g_idx":
         return math.prod(info.shape) * 8 if quant and quant.desc_act else 0
-    return info.nbytes
+    if float_bytes is None or suffix in ("qweight", "scales"):
+        return info.nbytes
+    return math.prod(info.shape) * float_bytes

@@ -74,4 +74,4 @@ def _curve(axes: object, rows: Sequence[Row], label: str) -> None:
     contexts = [row.context for row in rows]
     line = axes.plot(contexts, [row.decode_rate for row in rows], "o-", label=label)[0]  # type: ignore[attr-defined]
     floor = [row.floor_rate for row in rows]
-    axes.plot(contexts, floor, "--", color=line.get_color(), label=f"{label}: floor")  # type: ignore[attr-defined]
+    axes.plot(contexts, floor, "_--", ms=12, color=line.get_color(), label=f"{label}: floor")  # type: ignore[attr-defined]

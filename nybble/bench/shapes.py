@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,6 +69,10 @@ class _Draw:
             scale=inputs**-0.5 / 4.6,
             random=self.random,
         )
+        # Codes of 0 to 15 less 8 average -0.5. Under scales of either sign the weights average 0;
+        # otherwise every product adds to one direction, and layer 36 of the 72B overflows.
+        sign = torch.randint(0, 2, matrix.scales.shape, device=matrix.device, generator=self.random)
+        matrix = replace(matrix, scales=matrix.scales * (2 * sign - 1))
         bias = self.floats(1, outputs)[0] if biased else None
         pack = self.backend.gate_up_linear if paired else self.backend.quant_linear
         return pack(matrix, bias)
