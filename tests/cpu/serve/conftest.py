@@ -1,12 +1,10 @@
 """A toy model behind a real server."""
 
 import json
-import shutil
 
 import pytest
 import toy
 from openai import OpenAI
-from playwright.sync_api import sync_playwright
 from serving import serving
 
 from nybble.llm import LLM
@@ -45,18 +43,6 @@ def tool_server(tmp_path_factory, request):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with serving(LLM(folder, dtype="float32", threads=1)) as running:
         yield running
-
-
-# Of a module only: while Playwright runs, asyncio.run does not work in other tests.
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

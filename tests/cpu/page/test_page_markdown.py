@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from scripted import ScriptedServer
 
 # An element's children as [tag, attributes, ...children]; texts as they are.
 TREE = """
@@ -46,12 +45,11 @@ PARSE = (
 
 
 @pytest.fixture(scope="module")
-def page(browser):
-    with ScriptedServer() as server:
-        page = browser.new_page()
-        page.goto(server.url)
-        yield page
-        page.close()
+def page(browser, running_server):
+    page = browser.new_page()
+    page.goto(running_server.url)
+    yield page
+    page.close()
 
 
 # -- beside another implementation -----------------------------------------------------------------

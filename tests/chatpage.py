@@ -1,4 +1,4 @@
-"""A server that answers as a test tells it: the chat page beside a stand-in for the model."""
+"""The chat page beside a stand-in for the model, which says what the test wants; and its reader."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from playwright.sync_api import Locator, Page, expect
 
 from nybble.serve import page
 
@@ -117,3 +118,24 @@ def event(**fields: Any) -> str:
 
 def refusal(status: int, message: str, code: str | None = None) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "error", "code": code}}, status)
+
+
+# -- what a reader does and sees -------------------------------------------------------------------
+
+
+def ask(page: Page, text: str = "Hello?") -> None:
+    expect(page.locator("#send")).to_be_enabled()
+    page.fill("#input", text)
+    page.keyboard.press("Enter")
+
+
+def finished(page: Page) -> None:
+    expect(page.locator("#send")).to_be_visible()
+
+
+def answers(page: Page) -> Locator:
+    return page.locator(".assistant .body")
+
+
+def titles(page: Page) -> Locator:
+    return page.locator("#conversations a")
