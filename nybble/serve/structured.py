@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from nybble.errors import RequestError
 from nybble.grammar import Grammar, GrammarCompiler
@@ -22,19 +21,31 @@ async def answer_grammar(
 ) -> Grammar | None:
     """What the answers to a chat must follow, None where they are free.
 
-    Compiled beside the event loop. ApiError 400 for what cannot be enforced, or not in time.
+    Made beside the event loop. ApiError 400 for what cannot be enforced, or not in time.
     """
     wanted = body.response_format
     if wanted is not None and wanted.type == "text":
         wanted = None
-    if use is None:
-        if wanted is None:
-            return None
-        return await _compiled("response_format", lambda: _json(wanted, compiler))
-    layout = use.layout(resumed=resumed, content=None if wanted is None else _content(wanted))
-    if layout is None:
+    field = "tools" if wanted is None else "response_format"
+
+    def make() -> Grammar | None:
+        if use is None:
+            return None if wanted is None else _json(wanted, compiler)
+        layout = use.layout(resumed=resumed, content=None if wanted is None else _content(wanted))
+        return None if layout is None else compiler.structure(layout)
+
+    if use is None and wanted is None:
         return None
-    return await _compiled("tools", lambda: compiler.structure(layout))
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            return await asyncio.to_thread(make)
+    except TimeoutError as error:
+        raise refused(
+            field,
+            f"{field} took over {COMPILE_SECONDS:g} seconds to prepare: simplify the schema.",
+        ) from error
+    except RequestError as error:
+        raise refused(field, str(error)) from error
 
 
 def _json(wanted: ResponseFormat, compiler: GrammarCompiler) -> Grammar:
@@ -46,22 +57,5 @@ def _json(wanted: ResponseFormat, compiler: GrammarCompiler) -> Grammar:
 def _content(wanted: ResponseFormat) -> Layout:
     if wanted.json_schema is None:
         return any_object()
-    schema = wanted.json_schema.json_schema
-    try:
-        check_schema(schema)
-    except RequestError as error:
-        raise refused("response_format", str(error)) from error
-    return json_arguments(schema)
-
-
-async def _compiled(field: str, compile_it: Callable[[], Grammar]) -> Grammar:
-    try:
-        async with asyncio.timeout(COMPILE_SECONDS):
-            return await asyncio.to_thread(compile_it)
-    except TimeoutError as error:
-        raise refused(
-            field,
-            f"{field} took over {COMPILE_SECONDS:g} seconds to prepare: simplify the schema.",
-        ) from error
-    except RequestError as error:
-        raise refused(field, str(error)) from error
+    check_schema(wanted.json_schema.json_schema)
+    return json_arguments(wanted.json_schema.json_schema)

@@ -29,7 +29,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 WITHOUT_TORCH = (
     "tokenizer/",
     "tools/",
-    "schema.py",
+    "schema/",
     "cache/pages.py",
     "engine/scheduler.py",
     "errors.py",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+from contextlib import suppress
 
 import jsonschema
 import pytest
@@ -20,7 +21,6 @@ from nybble.sampling import SamplingParams
 from nybble.schema import FORMATS, check_schema
 from nybble.tools import HermesFormat, ReActFormat, Tool
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CPU = torch.device("cpu")
 
 
@@ -132,6 +132,51 @@ def test_whatever_ends_is_valid(llm, compiler, schema, strict, seed):
     assert reason in ("stop", "length")
     if reason == "stop":
         jsonschema.validate(json.loads(text), schema)
+
+
+# Anything that clients may send as a schema, much of it nonsense.
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3),
+    st.sampled_from(["string", "object", "#", "#/$defs/a", "date", 10**400]),
+)  # fmt: skip
+KEYWORDS = st.sampled_from(
+    ["type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems",
+     "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "multipleOf",
+     "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "not", "a"]
+)  # fmt: skip
+NONSENSE = st.dictionaries(
+    KEYWORDS,
+    st.recursive(
+        VALUES,
+        lambda parts: st.lists(parts, max_size=3) | st.dictionaries(KEYWORDS, parts, max_size=4),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(schema=st.one_of(NONSENSE, SCHEMAS.flatmap(lambda s: NONSENSE.map(lambda n: {**s, **n}))))
+def test_a_schema_is_enforced_or_refused(compiler, schema):
+    with suppress(RequestError):
+        compiler.json_schema(schema)
+
+
+ATOMS = st.sampled_from(
+    [*"abc1 _-.^$|*+?()[]{},\\", "[a-c]", "[^a]", "(?:", "(a|b)", "{2}", "{0,3}", r"\d", r"\w"]
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(pattern=st.lists(ATOMS, min_size=1, max_size=8).map("".join), seed=st.integers(0, 99))
+def test_a_pattern_is_kept_or_refused(llm, compiler, pattern, seed):
+    try:
+        grammar = compiler.json_schema({"type": "string", "pattern": pattern})
+        text, reason = answer(llm, grammar, seed, max_tokens=40)
+    except RequestError:
+        return
+    if reason == "stop":
+        assert re.search(pattern, json.loads(text))
 
 
 @pytest.mark.parametrize("text", ["péché", "\x80012", "a\\xe9b", '[^"\\\r\n]', "中文\U0001f600"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nybble.errors import RequestError
-from nybble.schema import _KEYWORDS, MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
+from nybble.schema import MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
+from nybble.schema.check import _KEYWORDS
 
 TEXT = {"type": "string"}
 PERSON = {
@@ -56,6 +57,8 @@ PERSON = {
         {"type": ["integer", "string"], "minimum": 3, "maxLength": 2},
         {"properties": {"a": TEXT}},
         {"type": "string", "pattern": r"(?:a|b)[^\"\\]*\.\u4e2d"},
+        {"type": "string", "pattern": r"^[\w.+-]{1,60}@[^\s@]+$"},
+        {"type": "string", "pattern": "^[ -~]{0,100}$"},
     ],
     ids=str,
 )
@@ -133,6 +136,16 @@ def test_what_cannot(schema, reason):
         "((a{10}){10}){2}",
         "",
         "a" * 501,
+        '"',
+        r"\\",
+        r"\x22",
+        r"[\\a]",
+        "[[]",
+        "[]",
+        "a{",
+        "*a",
+        "a**",
+        "(a",
     ],
 )
 def test_patterns_that_no_grammar_keeps(pattern):
@@ -154,6 +167,10 @@ def nested(depth):
     return schema
 
 
+def to(index):
+    return {"type": "object", "properties": {"next": {"$ref": f"#/$defs/d{index}"}}}
+
+
 def test_limits():
     assert check_schema(nested(MAX_DEPTH - 1)) == MAX_DEPTH
     for huge in (
@@ -162,6 +179,8 @@ def test_limits():
         {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(500)}},
         {"enum": list(range(MAX_SUBSCHEMAS + 1))},
         {"description": "x" * 70_000},
+        {"$ref": "#/$defs/d0", "$defs": {f"d{i}": to(i + 1) for i in range(240)}},
+        {"oneOf": [{"const": i} for i in range(100)]},
     ):
         with pytest.raises(RequestError):
             check_schema(huge)

@@ -8,19 +8,19 @@ properties come in the schema's order, and a pattern stands for the whole string
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from nybble.errors import RequestError
+from nybble.schema.pattern import check_pattern
 
 Schema = Mapping[str, Any]
 
 # What a schema may hold: a grammar's compilation takes time for each of them.
-MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 32, 10_000
-MAX_PATTERN, MAX_EXPANDED, MAX_MULTIPLE, MAX_INTEGER = 500, 150, 1_024, 2**53
+MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 64, 10_000
+MAX_EXCLUSIVE = 50  # alternatives of a oneOf, each of which is compared with each
+MAX_MULTIPLE, MAX_INTEGER = 1_024, 2**53
 
 FORMATS = frozenset(
     [
@@ -71,9 +71,6 @@ _KEYWORDS: dict[str, frozenset[str]] = {
 _KNOWN = frozenset().union(*_KEYWORDS.values()) | {"type"}
 # Each of these says all of a schema, or else the rest would be forgotten.
 _ALONE = ("$ref", "anyOf", "oneOf", "allOf")
-_PATTERN_PIECE = re.compile(
-    r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\.|\(\?.?|\{[\d,]*\}|.", re.DOTALL
-)
 
 
 def check_schema(schema: object) -> int:
@@ -103,6 +100,7 @@ class _Checker:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._seen: set[int] = set()
+        self._depth = 0
 
     @property
     def parts(self) -> int:
@@ -113,7 +111,16 @@ class _Checker:
             return
         if not isinstance(schema, Mapping):
             raise RequestError(f"{where} is {schema!r}, which accepts nothing: give an object.")
-        self._count(schema, where)
+        self._seen.add(id(schema))
+        if self.parts > MAX_SUBSCHEMAS:
+            raise RequestError(f"The schema has over {MAX_SUBSCHEMAS} parts: simplify it.")
+        if self._depth == MAX_DEPTH:
+            raise RequestError(f"The schema is nested deeper than {MAX_DEPTH}: flatten it.")
+        self._depth += 1
+        self._check_part(schema, where)
+        self._depth -= 1
+
+    def _check_part(self, schema: Schema, where: str) -> None:
         keywords = schema.keys() - _ANNOTATIONS
         alone = next((name for name in _ALONE if name in keywords), None)
         if alone is not None:
@@ -124,13 +131,6 @@ class _Checker:
             _check_values(schema, where)
         else:
             self._check_typed(schema, keywords, where)
-
-    def _count(self, schema: Schema, where: str) -> None:
-        self._seen.add(id(schema))
-        if len(self._seen) > MAX_SUBSCHEMAS:
-            raise RequestError(f"The schema has over {MAX_SUBSCHEMAS} parts: simplify it.")
-        if where.count("/") > 2 * MAX_DEPTH:
-            raise RequestError(f"The schema is nested deeper than {MAX_DEPTH}: flatten it.")
 
     def _check_alone(self, name: str, value: object, where: str) -> None:
         where = f"{where}/{name}"
@@ -145,7 +145,7 @@ class _Checker:
             )
         for index, part in enumerate(value):
             self.check(part, f"{where}/{index}")
-        if name == "oneOf" and not all(self._disjoint(*pair) for pair in combinations(value, 2)):
+        if name == "oneOf" and not self._exclusive(value):
             raise RequestError(
                 f"{where} has alternatives that may hold at once, which cannot be excluded: use "
                 "anyOf, or give each a property that tells it from the others."
@@ -176,7 +176,7 @@ class _Checker:
         for name in _BOUNDS & set(keywords):
             _check_bound(schema[name], "integer" in types, f"{where}/{name}")
         if "pattern" in keywords:
-            _check_pattern(schema["pattern"], f"{where}/pattern")
+            check_pattern(schema["pattern"], f"{where}/pattern")
         self._check_properties(schema, where)
         self._check_items(schema, where)
 
@@ -209,6 +209,11 @@ class _Checker:
 
     # -- oneOf ------------------------------------------------------------------------------------
 
+    def _exclusive(self, alternatives: Sequence[object]) -> bool:
+        if len(alternatives) > MAX_EXCLUSIVE:
+            return False
+        return all(self._disjoint(*pair) for pair in combinations(alternatives, 2))
+
     def _disjoint(self, left: object, right: object) -> bool:
         """Whether plainly nothing can be valid under both; both have been checked."""
         left, right = self._resolved(left), self._resolved(right)
@@ -240,7 +245,11 @@ def _types_of(schema: Schema, where: str) -> list[str]:
     if given is None:
         return [t for t in ("object", "array") if _KEYWORDS[t] & schema.keys()][:1]
     types = [given] if isinstance(given, str) else given
-    known = isinstance(types, list) and types and all(t in _KEYWORDS for t in types)
+    known = (
+        isinstance(types, list)
+        and types
+        and all(isinstance(t, str) and t in _KEYWORDS for t in types)
+    )
     if not known:
         raise RequestError(f"{where}/type is {given!r}: use one of {', '.join(_KEYWORDS)}.")
     return list(types)
@@ -252,7 +261,7 @@ def _check_combinations(schema: Schema, types: Iterable[str], where: str) -> Non
         if name in schema:
             others = (_KEYWORDS["string"] - {name}) & schema.keys()
             _only(others, (), where, f'beside "{name}"')
-    if "format" in schema and schema["format"] not in FORMATS:
+    if "format" in schema and str(schema["format"]) not in FORMATS:
         raise RequestError(
             f"{where}/format {schema['format']!r} cannot be enforced: use one of "
             f"{', '.join(sorted(FORMATS))}, or leave it out."
@@ -291,61 +300,10 @@ def _check_size(value: Any, where: str) -> None:
 
 def _check_bound(value: Any, whole: bool, where: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > MAX_INTEGER:
+    if not number or abs(value) > MAX_INTEGER:
         raise RequestError(f"{where} is {value!r}: give a number between -2^53 and 2^53.")
     if whole and not _is_whole(value):
         raise RequestError(f"{where} is {value!r}: give a whole number, as the type is integer.")
-
-
-def _check_pattern(pattern: object, where: str) -> None:
-    if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_PATTERN:
-        raise RequestError(f"{where}: give a pattern of 1 to {MAX_PATTERN} characters.")
-    pieces = _PATTERN_PIECE.findall(pattern)
-    in_class = False
-    for index, piece in enumerate(pieces):
-        anchor = (piece == "^" and index == 0) or (piece == "$" and index == len(pieces) - 1)
-        if not (anchor or _plain_character(piece, in_class)):
-            raise RequestError(
-                f"{where}: {piece!r} cannot be enforced there; use characters, classes, groups, "
-                "alternatives and repeats, and anchors at both ends only."
-            )
-        in_class = (in_class or piece == "[") and piece != "]"
-    if _expanded(pieces) > MAX_EXPANDED:
-        raise RequestError(
-            f"{where} is longer than {MAX_EXPANDED} characters when its repeats are written out: "
-            "repeat less, or without a limit (* or +)."
-        )
-
-
-def _expanded(pieces: Iterable[str]) -> int:
-    """How many characters and classes a pattern has when counted repeats are written out."""
-    open_groups, last, in_class = [0], 0, False
-    for piece in pieces:
-        if in_class:
-            in_class = piece != "]"
-        elif piece in ("(", "(?:"):
-            open_groups.append(0)
-        elif piece == ")" and len(open_groups) > 1:
-            last = open_groups.pop()
-            open_groups[-1] += last
-        elif piece[0] == "{":
-            numbers = [int(number) for number in re.findall(r"\d+", piece)]
-            open_groups[-1] += last * (max(numbers, default=1) - 1)
-        else:
-            in_class, last = piece == "[", piece not in "^$*+?|"
-            open_groups[-1] += last
-    return sum(open_groups)
-
-
-def _plain_character(piece: str, in_class: bool) -> bool:
-    """Whether it is a class, or a character that a JSON string can hold as it is."""
-    if len(piece) == 1:
-        return ord(piece) >= 0x20 and (in_class or piece not in "^$")
-    if piece[0] != "\\":
-        return in_class or piece[0] == "{" or piece == "(?:"
-    if len(piece) > 2:
-        return int(piece[2:], 16) >= 0x20
-    return piece[1] in "dDwWsS" or not piece[1].isalnum()
 
 
 # -- values and types ---------------------------------------------------------------------------
@@ -364,7 +322,8 @@ def _type_of(value: object) -> set[str]:
     if isinstance(value, bool) or value is None:
         return {"null" if value is None else "boolean"}
     if isinstance(value, (int, float)):
-        return {"integer", "number"} if float(value).is_integer() else {"number"}
+        whole = isinstance(value, int) or value.is_integer()
+        return {"integer", "number"} if whole else {"number"}
     if isinstance(value, str):
         return {"string"}
     return {"array" if isinstance(value, list) else "object"}
@@ -383,6 +342,10 @@ def _possible_types(schema: Schema) -> set[str]:
 def _differ(left: Schema, right: Schema) -> bool:
     """Whether both list their values and have none in common."""
     ours, theirs = _constants(left), _constants(right)
-    if ours is None or theirs is None:
-        return False
-    return not any(_type_of(a) == _type_of(b) and a == b for a in ours for b in theirs)
+    return ours is not None and theirs is not None and _spelled(ours).isdisjoint(_spelled(theirs))
+
+
+def _spelled(values: Iterable[object]) -> set[str]:
+    """A text for each value; 2.0 has that of 2."""
+    whole = (int(v) if "integer" in _type_of(v) else v for v in values)  # type: ignore[call-overload]
+    return {json.dumps(value, sort_keys=True) for value in whole}
