@@ -7,9 +7,10 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from nybble.serve.chatfields import check_messages
 from nybble.serve.errors import ApiError, unknown_model
 from nybble.serve.host import host_of
-from nybble.serve.protocol import DetokenizeRequest, TokenizeRequest, check_messages
+from nybble.serve.protocol import DetokenizeRequest, TokenizeRequest
 from nybble.serve.responses import (
     DetokenizeReply,
     Health,

@@ -7,8 +7,9 @@ import asyncio
 from nybble.errors import RequestError
 from nybble.grammar import Grammar, GrammarCompiler
 from nybble.schema import check_schema
+from nybble.serve.chatfields import ResponseFormat
 from nybble.serve.errors import refused
-from nybble.serve.protocol import ChatRequest, ResponseFormat
+from nybble.serve.protocol import ChatRequest
 from nybble.serve.toolcalls import ToolUse, any_object
 from nybble.tools import Layout
 from nybble.tools.base import json_arguments

@@ -8,8 +8,9 @@ from typing import Any
 
 from nybble.errors import RequestError
 from nybble.schema import MAX_SUBSCHEMAS, check_schema
+from nybble.serve.chatfields import FunctionTool, NamedFunction, NamedTool
 from nybble.serve.errors import refused
-from nybble.serve.protocol import ChatRequest, FunctionTool, NamedFunction, NamedTool
+from nybble.serve.protocol import ChatRequest
 from nybble.serve.responses import Call, Delta, Function, FunctionDelta, Message, ToolCallDelta
 from nybble.tokenizer import Tokenizer
 from nybble.tools import (
