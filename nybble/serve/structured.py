@@ -11,8 +11,7 @@ from nybble.serve.chatfields import ResponseFormat
 from nybble.serve.errors import refused
 from nybble.serve.protocol import ChatRequest
 from nybble.serve.toolcalls import ToolUse, any_object
-from nybble.tools import Layout
-from nybble.tools.base import json_arguments
+from nybble.tools import Layout, json_arguments
 
 COMPILE_SECONDS = 30.0
 

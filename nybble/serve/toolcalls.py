@@ -24,8 +24,8 @@ from nybble.tools import (
     ToolFormat,
     ToolParser,
     ToolPrompt,
+    json_arguments,
 )
-from nybble.tools.base import json_arguments
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:

@@ -12,6 +12,7 @@ from nybble.tools.base import (
     ToolFormat,
     ToolParser,
     ToolPrompt,
+    json_arguments,
 )
 from nybble.tools.hermes import HermesFormat
 from nybble.tools.react import ReActFormat
@@ -30,4 +31,5 @@ __all__ = [
     "ToolFormat",
     "ToolParser",
     "ToolPrompt",
+    "json_arguments",
 ]

@@ -123,12 +123,12 @@ def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
     """The same chat with calls that were made together told one after another."""
     for index, message in enumerate(messages):
         calls = message.get("tool_calls") or ()
-        answers = messages[index + 1 : index + 1 + len(calls)]
-        by_id = {answer["tool_call_id"]: answer for answer in answers}
+        answers = list(messages[index + 1 : index + 1 + len(calls)])
         for number, call in enumerate(calls):
             content = "" if number else message["content"]
             yield {"role": "assistant", "content": content, "call": call["function"]}
-            yield by_id[call["id"]]
+            ids = [answer["tool_call_id"] for answer in answers]
+            yield answers.pop(ids.index(call["id"]))
         if not calls and message["role"] != "tool":
             yield message
 

@@ -111,6 +111,13 @@ def test_calls_made_together_are_told_one_after_another():
     )
 
 
+def test_ids_may_come_again():
+    calls = ("1", "get_time", "{}"), ("1", "get_weather", "{}")
+    chat = [user("?"), assistant("", *calls), tool("1", "noon"), tool("1", "rain")]
+    reply = prompt(*chat, *chat).reply
+    assert reply.index("Observation: noon") < reply.index("Observation: rain")
+
+
 def test_without_tools_the_chat_is_what_it_was_but_calls_stay():
     chat = [user("Hi"), assistant("Hello."), user("Bye")]
     assert prompt(*chat, tools=()).messages == chat
