@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from nybble.engine.engine import Generation
+from nybble.engine.generation import Generation
 from nybble.engine.request import Timing
 from nybble.engine.sampler import TokenLogprob
 from nybble.errors import RequestError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from nybble.cache.sizes import bytes_per_token
 from nybble.cache.store import PAGE_SIZE
 from nybble.engine import replay
 from nybble.engine.constraint import Constraint
+from nybble.engine.generation import Generation
 from nybble.engine.request import Request, Timing, Token
 from nybble.engine.runner import Runner
-from nybble.engine.sampler import Sampler, TokenLogprob
+from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Chunk, Scheduler, TokenSequence
 from nybble.errors import CapacityError, NumericsError, RequestError, UnavailableError
 from nybble.model.decoder import Decoder
@@ -350,56 +351,3 @@ class Engine:
             f"{part or 'a part that does not repeat it'}. "
             "Check the checkpoint (nybble info), or load it with dtype float32."
         )
-
-
-class Generation(Iterator[int]):
-    """The answer to one request: iterate it for tokens, which runs the engine's steps.
-
-    finish_reason is set when it ends: "stop" (an end-of-turn or stop token, which is not part
-    of the output) or "length" (max_tokens or the context is used up); None while running or
-    when abandoned. prompt_logprobs: of the prompt's tokens but the first, where asked for; all
-    are there when the first token is. Other requests of the engine advance in the same steps.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self.prompt_ids = request.prompt_ids
-        self.params = request.params
-        self.timing = request.timing
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs = request.prompt_logprobs
-        self.finish_reason: str | None = None
-        self._engine, self._request = engine, request
-        self._started = False
-
-    def start(self) -> None:
-        """Join the engine's queue now, not at the first token: to run with others at a time."""
-        if not self._started:
-            self._started = True
-            self._engine.add(self._request)
-
-    def __next__(self) -> int:
-        self.start()
-        request = self._request
-        while not request.news and not request.done:
-            self._engine.step()
-        token = request.news.popleft() if request.news else None
-        if token is None and request.error is not None:
-            raise request.error
-        if not request.news and request.finish_reason != "abort":
-            self.finish_reason = request.finish_reason
-        if token is None:
-            raise StopIteration
-        self.token_ids.append(token.id)
-        if token.logprob is not None:
-            self.logprobs.append(token.logprob)
-        return token.id
-
-    def close(self) -> None:
-        """Abandon the request: the next step gives its pages back."""
-        self._request.news.clear()
-        self._engine.abort(self._request)
-
-    def __del__(self) -> None:
-        # Only marks: this may run in the middle of a step.
-        self._engine.abort(self._request)
