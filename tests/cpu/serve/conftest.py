@@ -17,13 +17,14 @@ def toy_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(toy_folder):
-    """One engine serves one server at a time: a module's."""
+    """What the server's answers are compared with, or what a test serves itself."""
     return LLM(toy_folder, dtype="float32", threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(llm):
-    with serving(llm) as running:
+def server(toy_folder):
+    """Its engine is its thread's alone: a test that steps it too would race with it."""
+    with serving(LLM(toy_folder, dtype="float32", threads=1)) as running:
         yield running
 
 

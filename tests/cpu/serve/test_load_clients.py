@@ -83,7 +83,7 @@ async def streamed(http, number, tokens):
 def test_64_streams_at_a_time_say_what_each_says_alone(busy):
     before = counts(busy)
     answers = run_clients(busy, [lambda http, i=i: streamed(http, i % 8, 24) for i in range(64)])
-    llm = busy.host.service.llm
+    llm = LLM(busy.host.service.llm.folder, dtype="float32", threads=1)
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     busy.wait_until_idle()
     alone = [llm.chat(body(i)["messages"], sampling_params=greedy).text for i in range(8)]

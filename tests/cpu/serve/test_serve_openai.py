@@ -97,11 +97,12 @@ def test_a_prompt_counts_once_for_all_choices_and_what_is_cached_is_told(openai)
     assert again.prompt_tokens_details.cached_tokens > 0
 
 
-def test_choices_share_the_pages_of_their_prompt(openai, llm):
+def test_choices_share_the_pages_of_their_prompt(openai, server):
     chat = [{"role": "user", "content": "the lazy brown dog jumps " * 30}]
-    before = llm.engine.counters.reused_tokens
+    counters = server.engine.engine.counters
+    before = counters.reused_tokens
     usage = ask(openai, messages=chat, n=4).usage
-    reused = llm.engine.counters.reused_tokens - before
+    reused = counters.reused_tokens - before
     assert usage.prompt_tokens > 2 * PAGE_SIZE
     assert reused >= 3 * (usage.prompt_tokens // PAGE_SIZE - 1) * PAGE_SIZE
 
