@@ -77,7 +77,7 @@ class Sampling:
 class Running:
     """Settings of LLM."""
 
-    device: Annotated[str, _option("auto or cpu.")] = "auto"
+    device: Annotated[str, _option("auto, cpu, cuda or cuda:1.")] = "auto"
     dtype: Annotated[str, _option("auto: the fastest kernels; float32: exact and slow.")] = "auto"
     kv_dtype: Annotated[
         str, _option("Of the KV cache: auto, float16, bfloat16, float32, int8, int6, int4.")
