@@ -17,11 +17,10 @@ from nybble.serve.errors import SERVER, ApiError, as_api_error, unsupported
 from nybble.serve.host import Host, Loader, record_of
 from nybble.serve.record import Metrics
 from nybble.serve.responses import ErrorReply
-from nybble.serve.security import BodyLimit, HostCheck, KeyCheck, Recorder, error_response
+from nybble.serve.security import BodyLimit, HostCheck, KeyCheck, Recorder, refusal
 from nybble.serve.settings import ServerSettings
 from nybble.serve.sse import ClientGoneError
 
-_GENERATING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorReply, "description": "The request cannot be answered."},
     "5XX": {"model": ErrorReply, "description": "The server cannot answer."},
@@ -83,19 +82,19 @@ def _guard(app: FastAPI, settings: ServerSettings, metrics: Metrics | None) -> N
 def _shape_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return _answer(request, error)
+        return refusal(request.scope, error)
 
     @app.exception_handler(NybbleError)
-    async def refusal(request: Request, error: NybbleError) -> Response:
-        return _answer(request, as_api_error(error))
+    async def nybble_error(request: Request, error: NybbleError) -> Response:
+        return refusal(request.scope, as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _answer(request, invalid_request(error.errors()[0]))
+        return refusal(request.scope, invalid_request(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return _answer(request, _from_http(request, error))
+        return refusal(request.scope, _from_http(request, error))
 
     @app.exception_handler(ClientGoneError)
     async def client_gone(request: Request, error: ClientGoneError) -> Response:
@@ -105,17 +104,9 @@ def _shape_errors(app: FastAPI) -> None:
     async def bug(request: Request, error: Exception) -> Response:
         # The server's own log has the traceback; it is raised again after this.
         message = "The server failed in a way that nobody foresaw: its log says how."
-        answer = _answer(request, ApiError(500, message, kind=SERVER, code="internal_error"))
+        answer = refusal(request.scope, ApiError(500, message, kind=SERVER, code="internal_error"))
         answer.headers["x-request-id"] = record_of(request).id
         return answer
-
-
-def _answer(request: Request, error: ApiError) -> Response:
-    record = record_of(request)
-    # One that ran and failed has been counted already.
-    if record.reason is None and request.url.path in _GENERATING:
-        record.rejected(error.label)
-    return error_response(error)
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:

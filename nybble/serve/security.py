@@ -17,6 +17,7 @@ from nybble.serve.record import Metrics, RequestRecord
 
 logger = logging.getLogger("nybble.serve")
 
+_GENERATING = ("/v1/chat/completions", "/v1/completions")
 _BODY_SECONDS = 60.0
 # What somebody asks every few seconds: no line each.
 _POLLED = ("/health", "/metrics")
@@ -26,6 +27,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
+
+
+def refusal(scope: Scope, error: ApiError) -> JSONResponse:
+    """The answer to a request that goes no further, which is counted where it asked for text."""
+    record: RequestRecord = scope["state"]["record"]
+    # One that ran and failed has been counted already.
+    if record.reason is None and scope["path"] in _GENERATING:
+        record.rejected(error.label)
+    return error_response(error)
 
 
 class Recorder:
@@ -92,7 +102,7 @@ class HostCheck:
         if scope["type"] == "http":
             name = re.sub(r":\d+$", "", Headers(scope=scope).get("host", ""))
             if name.lower() not in _LOCAL_NAMES:
-                await error_response(unknown_host())(scope, receive, send)
+                await refusal(scope, unknown_host())(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -108,7 +118,7 @@ class KeyCheck:
         if scope["type"] == "http" and not _public(scope["path"]):
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._expected):
-                await error_response(unauthorised())(scope, receive, send)
+                await refusal(scope, unauthorised())(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -131,7 +141,7 @@ class BodyLimit:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
             return
         if body is not None:
             await self.app(scope, _replayed(body, receive), send)

@@ -109,6 +109,22 @@ def test_bench_serve_understands_this_server(busy):
     assert report.first_token.count == 8
 
 
+def test_whoever_is_turned_away_at_the_door_is_counted_too(llm):
+    with serving(llm, metrics=Metrics(), api_key="secret", max_body=1000) as server:
+        headers = {"Authorization": "Bearer secret"}
+        with server.client(headers=headers) as client:
+            path = "/v1/chat/completions"
+            assert client.post(path, content=b" " * 2000).status_code == 413
+            assert client.post(path, content=b"{").status_code == 400
+            assert client.post(path, headers={"Authorization": "no"}).status_code == 401
+            assert client.get("/v1/models", headers={"Authorization": "no"}).status_code == 401
+            text = client.get("/metrics").text
+    for reason in ("request_too_large", "invalid_request", "invalid_api_key"):
+        assert f'nybble_requests_rejected_total{{reason="{reason}"}} 1.0' in text
+    assert "nybble_requests_arrived_total 3.0" in text
+    assert "nybble_requests_in_progress 0.0" in text
+
+
 class Leaver:
     """A client that hangs up at a moment of its own choice."""
 
