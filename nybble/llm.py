@@ -12,6 +12,7 @@ import torch
 from nybble.checkpoint import Checkpoint, read_json
 from nybble.config import EngineConfig, JsonReader, ModelConfig, token_ids
 from nybble.engine.engine import Engine
+from nybble.engine.threads import ThreadCount
 from nybble.errors import RequestError
 from nybble.kernels import select_backend, self_test
 from nybble.kernels.device import find_device
@@ -134,7 +135,14 @@ class LLM:
             prefill_chunk=step_tokens,
             max_running=options.max_running,
             cache_tokens=plan.cache_tokens if plan else options.cache_tokens,
+            threads=self._threads(options),
         )
+
+    def _threads(self, options: EngineConfig) -> ThreadCount | None:
+        """On the CPU all threads that torch has, or fewer while others need the cores."""
+        most = torch.get_num_threads()
+        free = options.threads is None and most > 1 and self.backend.device.type == "cpu"
+        return ThreadCount(most) if free else None
 
     def _stored_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         """The 16-bit type that the model was made in: that of its norms."""

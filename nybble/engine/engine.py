@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from nybble.engine.request import Request, Timing, Token
 from nybble.engine.runner import Runner
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Chunk, Scheduler, TokenSequence
+from nybble.engine.threads import ThreadCount
 from nybble.errors import CapacityError, NumericsError, RequestError, UnavailableError
 from nybble.model.decoder import Decoder
 from nybble.model.rope import ntk_alpha
@@ -57,8 +59,9 @@ class Engine:
     Ids from vocab_size on, and unused_ids, are never sampled; eos_ids end an answer;
     max_context bounds prompt and answer together; kv_dtype is a kind of KVLayer. A step takes
     prefill_chunk tokens at most. cache_tokens: how many the cache holds for all requests; None
-    takes what a full context needs, or 2 GiB if that is more. Not for two threads at a time,
-    but `request` and `abort` may be called from any.
+    takes what a full context needs, or 2 GiB if that is more. threads: how many CPU threads a
+    step runs on; None leaves torch's number. Not for two threads at a time, but `request` and
+    `abort` may be called from any.
     """
 
     def __init__(  # noqa: PLR0913, all settings stand here once
@@ -74,6 +77,7 @@ class Engine:
         max_running: int = 64,
         cache_tokens: int | None = None,
         share_prefixes: bool = True,
+        threads: ThreadCount | None = None,
     ) -> None:
         self.decoder = decoder
         self.device = decoder.backend.device
@@ -91,6 +95,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self._runner = Runner(decoder, kv_dtype, self.num_pages, PAGE_SIZE)
         self._sampler = Sampler(vocab_size, self.device, unused_ids)
+        self._threads = threads
         self._alive: dict[TokenSequence, Request] = {}
         self._aborted: deque[Request] = deque()
 
@@ -221,11 +226,13 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
         begin = time.perf_counter()
+        decoding = len(chunks) if all(len(chunk) == 1 for chunk in chunks) else 0
         requests = [self._alive[chunk.sequence] for chunk in chunks]
-        logits, finite = self._logits(chunks, requests)
-        complete = [row for row, chunk in enumerate(chunks) if chunk.complete and finite[row]]
-        rows = [row for row in complete if not requests[row].full]
-        tokens = self._next_tokens(logits, requests, rows) if rows else {}
+        with self._threads.step(decoding) if self._threads else nullcontext():
+            logits, finite = self._logits(chunks, requests)
+            complete = [row for row, chunk in enumerate(chunks) if chunk.complete and finite[row]]
+            rows = [row for row in complete if not requests[row].full]
+            tokens = self._next_tokens(logits, requests, rows) if rows else {}
         self._clock(requests, time.perf_counter() - begin)
         for row in complete:
             self._receive(requests[row], tokens.get(row))
