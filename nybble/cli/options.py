@@ -83,7 +83,7 @@ class Running:
         str, _option("Of the KV cache: auto, float16, bfloat16, float32, int8, int6, int4.")
     ] = "auto"
     max_context: Annotated[int | None, _option("Tokens of prompt and answer together.")] = None
-    threads: Annotated[int | None, _option("CPU threads; not given, fewer run while others need them.")] = None
+    threads: Annotated[int | None, _option("CPU threads; else as many as are free.")] = None
 
 
 @dataclass(frozen=True)
