@@ -1,6 +1,6 @@
 """What a server on this machine stands: many streams, a long prompt twice, a kill.
 
-    .venv/bin/python benchmarks/load.py                       # the demo, 2 threads
+    .venv/bin/python benchmarks/load.py                       # the demo
 
 Streams come all at once and have equal lengths; the ratio is that of tokens a second. Prompts are
 random words, so that nothing but the template is in the cache, except where that is the point.
@@ -25,7 +25,7 @@ from nybble.bench.workload import fixed, take
 
 def main(
     model: str = "demo",
-    threads: int = 2,
+    threads: int | None = None,
     streams: Annotated[list[int] | None, typer.Option()] = None,
     prompt_tokens: int = 64,
     new_tokens: int = 96,

@@ -15,11 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 class Server:
     """Use as a context; `options` as on the command line. It is killed at the end."""
 
-    def __init__(self, model: str, threads: int, *options: str) -> None:
+    def __init__(self, model: str, threads: int | None, *options: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._arguments = [model, "--threads", str(threads), "--port", str(self.port), *options]
+        fixed = [] if threads is None else ["--threads", str(threads)]
+        self._arguments = [model, *fixed, "--port", str(self.port), *options]
 
     def __enter__(self) -> Server:
         self.start()
