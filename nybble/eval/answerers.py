@@ -215,15 +215,28 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self._TIMEOUT) as response:
                     return bytes(response.read())
             except urllib.error.HTTPError as error:
-                detail = error.read()[:300].decode(errors="replace")
-                reason = f"{error.code} {error.reason}: {detail}"
+                reason = f"{error.code} {error.reason}: {_said(error.read())}"
                 if error.code not in self._TRANSIENT:
-                    break
+                    raise RequestError(
+                        f"{request.full_url} refused a request for the model {self._model!r} "
+                        f"({reason}) What is finished is kept: when that is settled, run the same "
+                        "command again."
+                    ) from error
             except OSError as error:
                 reason = str(error)
             if attempt < self._ATTEMPTS:
                 self._pause(2.0**attempt)
         raise RequestError(
-            f"{request.full_url} failed ({reason}): check that it runs and knows the model "
-            f"{self._model!r}; what is finished is kept, so run the same command again."
+            f"{request.full_url} failed ({reason}): check that it runs; what is finished is kept, "
+            "so run the same command again."
         )
+
+
+def _said(body: bytes) -> str:
+    """What a server says is wrong: OpenAI's message, or the beginning of whatever it sent."""
+    text = body.decode(errors="replace")
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, LookupError, TypeError):
+        return text[:300]
+    return str(error["message"] if isinstance(error, dict) and "message" in error else error)

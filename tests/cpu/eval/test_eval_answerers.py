@@ -87,7 +87,9 @@ def test_a_busy_server_is_asked_again(server):
 @pytest.mark.parametrize(
     ("replies", "message"),
     [
-        ([(404, {"error": "no model m"})], "404.*no model m"),
+        ([(404, {"error": "no model m"})], "404.*no model m.*is kept"),
+        ([(400, {"error": {"message": "Too long: cut it."}})], r"400 [^{]*: Too long: cut it\.\)"),
+        ([(400, b"<html>")], "400.*<html>"),
         ([(500, {})] * 4, "500.*run the same command again"),
         ([(200, {"hello": 1})], "no completion.*ends in /v1"),
         ([(200, b"<html>")], "no completion"),
