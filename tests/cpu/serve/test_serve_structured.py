@@ -1,0 +1,120 @@
+"""Answers in a required form through the openai client, and what of tools and forms is refused."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import openai as api
+import pytest
+from pydantic import BaseModel
+from talking import ASK, SCHEMA, TIME, TOOLS, schema_format
+
+
+class Trip(BaseModel):
+    city: str
+    days: int
+
+
+def test_a_pydantic_model(talker):
+    reply = talker.client.chat.completions.parse(
+        model="toy",
+        messages=ASK,
+        response_format=Trip,
+        max_tokens=200,
+        temperature=1.0,
+        seed=3,
+        logit_bias={**talker.closing(90), talker.llm.tokenizer.encode(",")[0]: 60},
+    )
+    assert isinstance(reply.choices[0].message.parsed, Trip)
+
+
+def test_json_schema_whole_and_streamed(talker):
+    fields = {"response_format": schema_format(SCHEMA), "temperature": 0}
+    fields["logit_bias"] = talker.closing()
+    text = talker.ask(**fields).choices[0].message.content
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert talker.stream(**fields)[0] == text
+
+
+def test_a_json_object(talker):
+    fields = {"response_format": {"type": "json_object"}, "logit_bias": talker.closing(90)}
+    choice = talker.ask(**fields, temperature=0).choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_plain_text_is_what_it_is_without(talker):
+    free = talker.ask(temperature=0, max_tokens=9).choices[0].message.content
+    fields = {"response_format": {"type": "text"}, "temperature": 0, "max_tokens": 9}
+    assert talker.ask(**fields).choices[0].message.content == free
+
+
+def test_a_schema_and_tools(talker):
+    """The answer is JSON, or a call: never anything else."""
+    fields = {"tools": TOOLS, "response_format": schema_format(SCHEMA), "temperature": 1.0}
+    fields |= {"logit_bias": talker.closing(), "max_tokens": 500}
+    reply = talker.ask(**fields, n=4, seed=5)
+    for choice in reply.choices:
+        if choice.finish_reason == "tool_calls":
+            assert choice.message.tool_calls
+        elif choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+NOT = {"type": "object", "properties": {"a": {"not": {}}}}
+NAMED = {"type": "function", "function": {"name": "nobody"}}
+STRICT = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": NOT}}]
+LONG = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(499)}}
+CASES = [
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"function_call": "auto"}, "function_call"),
+    ({"tools": []}, "tools"),
+    ({"tools": TOOLS, "functions": [TIME]}, "functions"),
+    ({"tools": TOOLS, "tool_choice": NAMED}, "tool_choice"),
+    ({"functions": [TIME], "function_call": {"name": "nobody"}}, "function_call"),
+    ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": STRICT}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": NOT}}],
+      "tool_choice": "required"}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+     "tools"),
+    ({"tools": [{"type": "function", "function": {"name": f"f{i}", "parameters": LONG}}
+                for i in range(2)], "tool_choice": "required"}, "tools"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": schema_format(NOT)}, "response_format"),
+    ({"response_format": schema_format(NOT), "tools": TOOLS}, "response_format"),
+    ({"response_format": schema_format({"type": "integer", "minimum": 2, "maximum": 1})},
+     "response_format"),
+    ({"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}},
+     "ignore_eos"),
+    ({"messages": [*ASK, {"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages"),
+    ({"messages": [*ASK, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), CASES, ids=lambda value: str(value)[:60])
+def test_a_bad_field_is_named(talkers, fields, param):
+    with pytest.raises(api.BadRequestError) as caught:
+        talkers["hermes"].ask(**fields)
+    assert caught.value.param == param
+    assert caught.value.body["message"].endswith(".")
+
+
+def test_the_keyword_that_cannot_be_kept_is_named(talkers):
+    with pytest.raises(api.BadRequestError, match="schema/properties/a/not cannot be enforced"):
+        talkers["react"].ask(response_format=schema_format(NOT))
+
+
+def test_a_compilation_that_takes_too_long(talkers, monkeypatch):
+    monkeypatch.setattr("nybble.serve.structured.COMPILE_SECONDS", 0.0)
+    with pytest.raises(api.BadRequestError, match="simplify the schema") as caught:
+        talkers["react"].ask(response_format=schema_format(SCHEMA))
+    assert caught.value.param == "response_format"
