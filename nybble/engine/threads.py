@@ -19,6 +19,7 @@ import torch
 _EVERY = 128  # steps between two looks at fewer threads
 _SOON = 8  # steps to the next one after one that took _SPIKE times what others did
 _SPIKE = 2.0
+_LEAST = 4  # steps that must be known before others are compared with them
 _DOWN_STEPS, _UP_STEPS = 2, 4  # how many a look takes
 _WORTH = 1.25  # how much faster fewer threads must be
 _PAUSE, _LONGEST_PAUSE = 2.0, 16.0  # seconds before more threads are tried again
@@ -88,6 +89,8 @@ class ThreadCount:
             self._steps = max(self._steps, _EVERY - _SOON)
         known.append(seconds)
         self._steps += 1
+        if len(known) < _LEAST:
+            return
         if self._level and self._clock() >= self._more_at:
             self._try(self._level - 1, _UP_STEPS)
         elif self._level < last and self._steps >= _EVERY:
@@ -104,7 +107,7 @@ class ThreadCount:
         self._trial = None
         present, tried = self._seconds[self._level], self._seconds[level]
         if level > self._level:
-            if present and _WORTH * min(tried) < statistics.median(present):
+            if _WORTH * min(tried) < statistics.median(present):
                 self._level, self._steps = level, _EVERY - _SOON
                 self._more_at = self._clock() + self._pause
         elif statistics.median(tried) < statistics.median(present):
