@@ -11,6 +11,7 @@ import typer
 from nybble.cli import console
 from nybble.cli.load import Endpoint, Traffic, Work
 from nybble.cli.options import expand_options
+from nybble.cli.plots import require_matplotlib
 from nybble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def speed(
     from nybble.bench.speed import run
 
     plans = rows.plans()
+    if out is not None:
+        require_matplotlib("--out")
     measured = run(shape, plans, new_tokens, console.note, host_embedding=host_embedding)
     if out is not None:
         for path in report.write(measured, out):
@@ -98,6 +101,8 @@ def serve(
     """Put a server under load: throughput, waiting times, errors."""
     from nybble.cli.load import run
 
+    if out is not None:
+        require_matplotlib("--out")
     run(url, endpoint, traffic, work, out, as_json)
 
 

@@ -12,6 +12,7 @@ from nybble.cli import console
 from nybble.cli.layout import size, table
 from nybble.cli.loading import load
 from nybble.cli.options import Running
+from nybble.cli.plots import require_matplotlib
 from nybble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def compare(
 
     content = read_text(text)
     if plot is not None:
-        _require_matplotlib()
+        require_matplotlib("--plot")
     first, second = load(base, running, quiet=as_json), load(quant, running, quiet=as_json)
     if plot is not None and not measure.layer_errors(second.folder):
         raise ConfigError(f"{quant} has no report of its layers to plot: leave --plot out.")
@@ -78,13 +79,6 @@ def _page(found: Comparison, base: str, quant: str) -> str:
 def _ratio(found: Comparison) -> str:
     error = "" if found.ratio_error is None else f" ± {found.ratio_error:.4f}"
     return f"{found.ratio:.4f}{error}"
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib.") from error
 
 
 def _plot(found: Comparison, path: Path) -> None:
