@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -53,6 +53,17 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.lengths.shape[0]
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """(sequences,): the row of each sequence's last token."""
+        return self.starts[1:] - 1
+
+    def of_ends(self) -> Batch:
+        """The batch of these rows alone, for attention to what is stored already."""
+        starts = torch.arange(len(self.starts), dtype=torch.int32, device=self.starts.device)
+        slots = self.slots.index_select(0, self.ends)
+        return replace(self, slots=slots, starts=starts, max_query=1)
 
 
 KV_DTYPES = {

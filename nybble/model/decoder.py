@@ -63,10 +63,10 @@ class Decoder:
         rows: integers (rows,): after these tokens instead, (rows, vocab).
         """
         x = self.embed(ids)
-        for index in range(len(self.layers)):
+        for index in range(len(self.layers) - 1):
             x = self.block(index, x, step)
-        if rows is None and len(x) > step.batch.sequences:
-            rows = step.batch.starts[1:] - 1
+        last = rows is None and len(x) > step.batch.sequences
+        x = self.block(len(self.layers) - 1, x, step, last=last)
         return self.head(x if rows is None else x.index_select(0, rows))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -76,16 +76,23 @@ class Decoder:
         x = self.backend.rms_norm(x, self.norm, self.config.norm_eps)
         return self.lm_head(x).float()
 
-    def block(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """x (tokens, hidden) -> the same, one block further."""
+    def block(self, index: int, x: torch.Tensor, step: Step, *, last: bool = False) -> torch.Tensor:
+        """x (tokens, hidden) -> the same, one block further.
+
+        last: only the last token of each sequence, (sequences, hidden); keys and values of all.
+        """
         layer, ops, eps = self.layers[index], self.backend, self.config.norm_eps
-        h = ops.rms_norm(x, layer.input_norm, eps)
-        x = ops.add_linear(x, layer.o_proj, self.attention(index, h, step))
+        attended = self.attention(index, ops.rms_norm(x, layer.input_norm, eps), step, last=last)
+        if last:
+            x = x.index_select(0, step.batch.ends)
+        x = ops.add_linear(x, layer.o_proj, attended)
         h = ops.rms_norm(x, layer.post_norm, eps)
         return ops.add_linear(x, layer.down_proj, ops.swiglu(layer.gate_up_proj, h))
 
-    def attention(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """x (tokens, hidden), normed -> (tokens, q_size): what o_proj is given."""
+    def attention(
+        self, index: int, x: torch.Tensor, step: Step, *, last: bool = False
+    ) -> torch.Tensor:
+        """x (tokens, hidden), normed -> (tokens, q_size): what o_proj is given. last: see block."""
         layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
@@ -97,6 +104,8 @@ class Decoder:
         q = self.backend.rope_store(q, k, v, at.cos, at.sin, cache, batch)
         if at.query_scale is not None:
             q = q * at.query_scale
+        if last:
+            q, batch = q.index_select(0, batch.ends), batch.of_ends()
         return self.backend.attention(q, cache, batch, scale)
 
     @torch.inference_mode()
