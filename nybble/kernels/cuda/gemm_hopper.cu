@@ -80,32 +80,45 @@ __device__ __forceinline__ void unpack_scaled(Fragment (&f)[kSteps], const Stage
 struct TokenCopy {
     const u16* from;
     size_t piece_stride;
-    u32 buffers, barriers;
+    u32 buffers, barriers;  // at barriers: BUFFERS for chunks that came, as many for chunks read
+
+    __device__ __forceinline__ u32 full(int buffer) const { return barriers + buffer * 8; }
+    __device__ __forceinline__ u32 empty(int buffer) const { return full(BUFFERS + buffer); }
 
     __device__ __forceinline__ void start(int chunk, int buffer) const {
-        const u32 barrier = barriers + buffer * 8;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     ::"r"(barrier), "n"(kBufferBytes) : "memory");
+                     ::"r"(full(buffer)), "n"(kBufferBytes) : "memory");
 #pragma unroll
         for (int p = 0; p < PIECES; ++p)
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
                          "[%0], [%1], %2, [%3];"
                          ::"r"(buffers + buffer * kBufferBytes + p * kPieceBytes),
                            "l"(from + (chunk * PIECES + p) * piece_stride), "n"(kPieceBytes),
-                           "r"(barrier) : "memory");
+                           "r"(full(buffer)) : "memory");
     }
-    __device__ __forceinline__ void wait(int buffer, u32 phase) const {
-        asm volatile("{\n.reg .pred done;\n"
-                     "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                     "@!done bra again;\n}"
-                     ::"r"(barriers + buffer * 8), "r"(phase) : "memory");
+    // A warp has read the buffer. Relaxed: wgmma is known to have read, and a release may wait for the
+    // weights on their way, too.
+    __device__ __forceinline__ void release(int buffer) const {
+        asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];"
+                     ::"r"(empty(buffer)) : "memory");
     }
 };
 
-__device__ __forceinline__ void init_barriers(u32 barriers) {
+__device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {
+    asm volatile("{\n.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}"
+                 ::"r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void init_barriers(const TokenCopy& copy) {
 #pragma unroll
-    for (int i = 0; i < BUFFERS; ++i)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+    for (int i = 0; i < BUFFERS; ++i) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(copy.full(i)) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                     ::"r"(copy.empty(i)), "n"(kTiles) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -189,23 +202,34 @@ __device__ __forceinline__ void write_block(const Args& a, const float* sums, in
     }
 }
 
+// The blocks that run at a time shall share tokens and weights in the L2 cache: a band of token blocks
+// takes all row blocks before the next one begins.
+struct Place { int tokens, rows; };
+__device__ __forceinline__ Place place_of_block() {
+    const int across = gridDim.x / SPLIT, down = gridDim.y;
+    const int index = blockIdx.y * across + blockIdx.x / SPLIT;
+    const int first = index / (BAND * down) * BAND, width = min(BAND, across - first);
+    const int rest = index - first * down;
+    return {first + rest % width, rest / width};
+}
+
 // Grid: (token blocks * SPLIT, row blocks).
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(kThreads, MIN_BLOCKS)
 gemm_hopper(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-    const int rank = blockIdx.x % SPLIT, token0 = blockIdx.x / SPLIT * TOKENS;
-    const int tile0 = blockIdx.y * kTiles;
+    const Place place = place_of_block();
+    const int rank = blockIdx.x % SPLIT, token0 = place.tokens * TOKENS, tile0 = place.rows * kTiles;
     const int begin = a.chunks * rank / SPLIT, end = a.chunks * (rank + 1) / SPLIT;
 
     let_next_kernel_start();
-    __shared__ unsigned long long barriers[BUFFERS];
+    __shared__ unsigned long long barriers[2 * BUFFERS];
     const u32 address = u32(__cvta_generic_to_shared(shared));
     const TokenCopy copy{a.x + size_t(token0) * kPiece, size_t(a.x_stride) * kPiece, address,
                          u32(__cvta_generic_to_shared(barriers))};
     const unsigned long long first_buffer = descriptor(address);
     const bool orders = threadIdx.x == 0;
-    if (orders) init_barriers(copy.barriers);
+    if (orders) init_barriers(copy);
     const Tile tile = tile_of(a, min(tile0 + warp, a.tiles - 1), a.chunks * PIECES, lane);
     Stage stage[DEPTH];
 #pragma unroll
@@ -220,31 +244,33 @@ gemm_hopper(const __grid_constant__ Args a) {
     unpack_scaled(f[0], stage[0], 0);
     float sum[TOKENS / 2] = {};
     int buffer = 0, refill = kAhead;
-    u32 phase = 0;
+    u32 phase = 0, refill_phase = 1;
     for (int base = begin; base < end; base += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int chunk = base + d;
             if (chunk >= end) break;
-            copy.wait(buffer, phase);
+            wait_for(copy.full(buffer), phase);
             const unsigned long long tokens = first_buffer + (buffer * kBufferBytes >> 4);
 #pragma unroll
             for (int p = 0; p < PIECES; ++p) {
                 const int i = (d * PIECES + p) % 2;
                 multiply_piece(sum, f[i], tokens + (p * kPieceBytes >> 4));
-                if (p == 0) {  // all have finished with the chunk before the last: refill its buffer
-                    __syncthreads();
-                    if (orders && chunk + kAhead < end) copy.start(chunk + kAhead, refill);
+                if (p == 0 && orders && chunk + kAhead < end) {
+                    if (chunk - begin >= 2) wait_for(copy.empty(refill), refill_phase);
+                    copy.start(chunk + kAhead, refill);
                 }
                 if (p == PIECES - 1 && chunk + DEPTH < end)
                     load_stage(stage[d], a, tile, chunk + DEPTH);
                 if (p < PIECES - 1 || chunk + 1 < end) {
                     wgmma_wait<1>();  // the piece before: its registers are free
+                    if (p == 0 && chunk > begin && lane == 0)
+                        copy.release(buffer ? buffer - 1 : BUFFERS - 1);
                     const int next = d * PIECES + p + 1;
                     unpack_scaled(f[1 - i], stage[next / PIECES % DEPTH], next % PIECES);
                 }
             }
-            refill = refill == BUFFERS - 1 ? 0 : refill + 1;
+            if (++refill == BUFFERS) refill = 0, refill_phase ^= 1;
             if (++buffer == BUFFERS) buffer = 0, phase ^= 1;
         }
     }

@@ -278,6 +278,7 @@ def _layout(matrix: PackedMatrix, dtype: torch.dtype) -> Layout:
         groups=matrix.groups,
         group_size=matrix.group_size,
         exact_scales=dtype == torch.bfloat16 or matrix.scales.dtype == torch.float16,
+        paired=matrix.paired,
     )
 
 

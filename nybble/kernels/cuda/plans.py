@@ -20,6 +20,7 @@ class Layout(NamedTuple):
     groups: int
     group_size: int
     exact_scales: bool  # the activations' type holds the scales without overflow
+    paired: bool = False  # gate and up, of which the product makes silu(gate) * up
 
 
 class Gpu(NamedTuple):
@@ -70,7 +71,10 @@ class MmaPlan:
 
 @dataclass(frozen=True)
 class HopperPlan:
-    """Compile-time shape of gemm_hopper.cu, for compute capability 9.0 only."""
+    """Compile-time shape of gemm_hopper.cu, for compute capability 9.0 only.
+
+    band: token blocks that take all row blocks before the next ones begin.
+    """
 
     tokens: int
     warpgroups: int = 2
@@ -79,6 +83,7 @@ class HopperPlan:
     buffers: int = 4
     min_blocks: int = 1
     pieces: int = 2
+    band: int = 12
 
     name: ClassVar[str] = "gemm_hopper"
     overhead: ClassVar[int] = 5
@@ -105,6 +110,7 @@ class HopperPlan:
             "BUFFERS": self.buffers,
             "MIN_BLOCKS": self.min_blocks,
             "PIECES": self.pieces,
+            "BAND": self.band,
         }
 
 
@@ -125,10 +131,15 @@ _MMA: _Table = (
     (32, ((1.0, MmaPlan(columns=4, tiles=2, slices=4, min_blocks=2)),)),
     (128, ((1.0, MmaPlan(columns=8, tiles=2, slices=4, depth=1, min_blocks=2)),)),
 )
-_LARGE = tuple(
+_MEDIUM = tuple(
     (1.18, HopperPlan(128, warpgroups=3, split=split, depth=3 if split == 1 else 2))
     for split in (1, 2, 4)
 )
+_LARGE = tuple(
+    (1.13, HopperPlan(128, warpgroups=3, split=split, depth=1, buffers=3, pieces=4))
+    for split in (1, 2, 4)
+)
+_WIDEST = (1.7, HopperPlan(192, warpgroups=3, band=6))
 _WIDE_64 = (1.08, HopperPlan(64, split=2, depth=4, buffers=5, min_blocks=2))
 _HOPPER: _Table = (
     *_MMA[:2],
@@ -140,8 +151,8 @@ _HOPPER: _Table = (
             _WIDE_64,
         ),
     ),
-    (128, (_WIDE_64, *_LARGE)),
-    (1024, _LARGE),
+    (128, (_WIDE_64, *_MEDIUM)),
+    (1024, (*_LARGE, _WIDEST)),
 )
 ALL_PLANS = tuple(
     dict.fromkeys(plan for table in (_MMA, _HOPPER) for _, row in table for _, plan in row)
@@ -151,10 +162,10 @@ ALL_PLANS = tuple(
 @lru_cache(maxsize=4096)
 def plan_for(tokens: int, layout: Layout, gpu: Gpu) -> Plan | None:
     """The kernel's shape for this batch, or None where cuBLAS on dequantised weights is faster."""
-    table = _HOPPER if gpu.hopper and layout.exact_scales else _MMA
-    candidates = next((row for most, row in table if tokens <= most), None)
-    if candidates is None:
-        return None
+    hopper = gpu.hopper and layout.exact_scales
+    candidates = next((row for most, row in (_HOPPER if hopper else _MMA) if tokens <= most), None)
+    if candidates is None:  # SiLU, which cuBLAS cannot do in passing, makes the difference
+        return fitted(_WIDEST[1], layout) if hopper and layout.paired else None
     _, plan = min(candidates, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))
     return fitted(plan, layout)
 
@@ -175,16 +186,20 @@ def fitted(plan: Plan, layout: Layout) -> Plan:
 
     Codes of 8 bits fill twice the registers: half as many chunks of them are kept on their way.
     """
-    chunk, size = plan.pieces * PIECE, layout.group_size
-    whole = layout.rows % chunk == 0 and (
-        layout.groups == 1 or size % chunk == 0 or chunk % size == 0
-    )
     if isinstance(plan, MmaPlan):
-        return plan if whole and layout.bits == 4 else replace(plan, pieces=1)
+        whole = _in_whole_chunks(plan.pieces, layout) and layout.bits == 4
+        return plan if whole else replace(plan, pieces=1)
     depth = plan.depth if layout.bits == 4 else -(-plan.depth // 2)
-    if whole:
-        return replace(plan, depth=depth)
-    return replace(plan, pieces=1, depth=2 * depth)  # the kernel wants an even number of pieces
+    smaller = (pieces for pieces in (4, 2) if pieces <= plan.pieces)
+    pieces = next((pieces for pieces in smaller if _in_whole_chunks(pieces, layout)), 1)
+    more = plan.pieces // pieces  # chunks, so that as many inputs are on their way
+    return replace(plan, pieces=pieces, depth=depth * more, buffers=plan.buffers * more)
+
+
+def _in_whole_chunks(pieces: int, layout: Layout) -> bool:
+    chunk, size = pieces * PIECE, layout.group_size
+    aligned = layout.groups == 1 or size % chunk == 0 or chunk % size == 0
+    return layout.rows % chunk == 0 and aligned
 
 
 def _block_steps(plan: Plan, tokens: int, layout: Layout, gpu: Gpu) -> float:
