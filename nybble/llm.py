@@ -175,7 +175,8 @@ class LLM:
         least = options.cache_tokens or max_context
         many = max_context * options.max_running if options.fill_memory else 0
         most = options.cache_tokens or max(max_context, many)
-        plan = plan_memory(self.config, weights, kinds, (least, most), step_tokens, free)
+        tokens, running = (least, most), options.max_running
+        plan = plan_memory(self.config, weights, kinds, tokens, step_tokens, free, running)
         logger.info("Memory: %s", plan)
         return plan
 

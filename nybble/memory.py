@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nybble.cache.sizes import bytes_per_token
+from nybble.cache.sizes import bytes_per_token, cache_bytes, fitting_tokens
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig
 from nybble.errors import CapacityError
@@ -79,18 +79,20 @@ def kv_bytes_per_token(config: ModelConfig, kind: str) -> int:
 
 def fitting_context(config: ModelConfig, kind: str, free_bytes: float) -> int:
     """Tokens whose keys and values fit in `free_bytes`, at most what the model advertises."""
-    tokens = math.floor(max(free_bytes, 0) / kv_bytes_per_token(config, kind))
-    return min(tokens, config.max_context)
+    return min(fitting_tokens(config, KV_KINDS[kind], free_bytes), config.max_context)
 
 
-def work_bytes(config: ModelConfig, step_tokens: int) -> int:
+def work_bytes(config: ModelConfig, step_tokens: int, kind: str = "float16") -> int:
     """What a GPU needs beside weights and cache for steps of so many tokens, in 16 bits.
 
     Activations of the widest moment of a block, dequantised weights, and what libraries and
-    decode graphs hold.
+    decode graphs hold. With int4 a step's keys and values stand in pages of 16 bits, too, and
+    queries and results exist twice (kernels/open_pages.py).
     """
     c = config
     attention = 3 * c.q_size + 2 * c.kv_size
+    if kind == "int4":
+        attention += 2 * c.q_size + 2 * c.kv_size
     gate_up = min(2 * c.intermediate_size, SLAB_BYTES // (2 * c.hidden_size))
     widest = 2 * c.hidden_size + max(attention, c.intermediate_size + gate_up)
     return 2 * step_tokens * widest + SLAB_BYTES + _LIBRARIES
@@ -128,25 +130,27 @@ def plan_memory(
     cache_tokens: tuple[int, int],
     step_tokens: int,
     free: int,
+    running: int = 1,
 ) -> MemoryPlan:
     """The plan with the first of `kinds` that fits; the embedding leaves the GPU if that helps.
 
     cache_tokens: the least that the cache must hold, and the most that it has use for where
-    there is room. Raises CapacityError, with what would fit, where nothing does.
+    there is room, for at most `running` sequences at a time. Raises CapacityError, with what would
+    fit, where nothing does.
     """
     least, most = cache_tokens
     table = 0 if config.tied else 2 * config.vocab_size * config.hidden_size
-    work = work_bytes(config, step_tokens)
     for kind in kinds:
-        each = bytes_per_token(config, kind)
+        work = work_bytes(config, step_tokens, kind)
         for moved in (0, table) if table else (0,):
             held = weights.memory - moved
-            if held + work + least * each <= free:
-                tokens = min(most, int(_FILL * free - held - work) // each)
-                tokens = max(least, tokens)
-                return MemoryPlan(held, work, tokens * each, free, kind, tokens, moved > 0)
+            if held + work + cache_bytes(config, kind, least, running) <= free:
+                room = _FILL * free - held - work
+                tokens = max(least, min(most, fitting_tokens(config, kind, room, running)))
+                cache = cache_bytes(config, kind, tokens, running)
+                return MemoryPlan(held, work, cache, free, kind, tokens, moved > 0)
     last, held = kinds[-1], weights.memory - table
-    cache = least * bytes_per_token(config, last)
+    work, cache = work_bytes(config, step_tokens, last), cache_bytes(config, last, least)
     raise CapacityError(
         _shortage(config, MemoryPlan(held, work, cache, free, last, least, table > 0))
     )
@@ -154,7 +158,7 @@ def plan_memory(
 
 def _shortage(config: ModelConfig, plan: MemoryPlan) -> str:
     left = plan.free - plan.weights - plan.work
-    fits = left // bytes_per_token(config, plan.kv_dtype)
+    fits = fitting_tokens(config, plan.kv_dtype, left)
     needs = f"This model needs {plan.total / 1e9:.1f} GB ({plan}): "
     if fits < 1:
         return needs + "use a GPU with more memory, a smaller model, or --device cpu."

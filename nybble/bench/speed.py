@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from nybble.bench.shapes import random_decoder, shape
-from nybble.cache.sizes import bytes_per_token
-from nybble.cache.store import PAGE_SIZE, KVStore
+from nybble.cache.sizes import PAGE_SIZE, bytes_per_token, cache_bytes
+from nybble.cache.store import KVStore
 from nybble.config import ModelConfig
 from nybble.engine.decode_graph import DecodeGraph, bucket
 from nybble.errors import CapacityError, ConfigError
@@ -109,6 +109,13 @@ def measure(decoder: Decoder, plan: Plan, new_tokens: int, ceiling: float) -> Ro
     )
 
 
+def prefill_seconds(decoder: Decoder, plan: Plan, repeats: int) -> list[float]:
+    """Seconds to the first token, so many times in a row, kernels being warm."""
+    session = _Session(decoder, plan, new_tokens=1)
+    session.prefill()
+    return [session.prefill() for _ in range(repeats)]
+
+
 def run(
     name: str,
     plans: Sequence[Plan],
@@ -163,9 +170,9 @@ def _fitted(config: ModelConfig, plan: Plan, new_tokens: int) -> Plan:
     tokens = plan.batch * (plan.context + new_tokens + PAGE_SIZE)
     kinds = ("float16", "int8", "int6", "int4") if plan.kv == "auto" else (plan.kv,)
     for kind in kinds:
-        if tokens * bytes_per_token(config, kind) <= free:
+        if cache_bytes(config, kind, tokens, plan.batch) <= free:
             return replace(plan, kv=kind)
-    needed = tokens * bytes_per_token(config, kinds[-1])
+    needed = cache_bytes(config, kinds[-1], tokens, plan.batch)
     raise CapacityError(
         f"The {kinds[-1]} cache of {tokens:,} tokens needs {needed / 1e9:.1f} GB beside the "
         f"weights, {free / 1e9:.1f} are free: use a smaller --kv-dtype, context or batch."
@@ -182,7 +189,8 @@ class _Session:
         config = decoder.config
         self.pages_each = -(-self.total // PAGE_SIZE)
         # One page more: what is written while a graph is captured goes to page 0.
-        self.store = KVStore(config, plan.kv, 1 + plan.batch * self.pages_each, self.device)
+        pages = 1 + plan.batch * self.pages_each
+        self.store = KVStore(config, plan.kv, pages, self.device, seats=plan.batch)
         self.pages = torch.arange(
             1, 1 + plan.batch * self.pages_each, dtype=torch.int32, device=self.device
         ).view(plan.batch, -1)
@@ -191,6 +199,7 @@ class _Session:
             0, config.vocab_size, (plan.batch, plan.context), device=self.device
         )
         self.chosen = torch.zeros(plan.batch, dtype=torch.int64, device=self.device)
+        self.seats = torch.arange(plan.batch, dtype=torch.int32, device=self.device)
         self._graphs: dict[int, DecodeGraph] = {}
 
     def warm_up(self) -> None:
@@ -225,7 +234,7 @@ class _Session:
             if graph is not self._graphs[longest]:
                 graph = self._graphs[longest]
                 width = min(self.pages.shape[1], graph.pages.shape[1])
-                graph.load(ids, lengths, self.pages[:, :width])
+                graph.load(ids, lengths, self.pages[:, :width], seats=self.seats)
             graph.replay()
             ids, lengths, length = graph.ids, graph.lengths, length + 1
             token = ids.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -248,6 +257,7 @@ class _Session:
             max_query=stop - start,
             max_length=stop,
         )
+        batch = self.store.opened(batch, [(start, stop)], [sequence])
         step = Step(self.positions.slice(start, stop), batch, self.store.layers)
         return self.decoder.forward(self.ids[sequence, start:stop], step)
 

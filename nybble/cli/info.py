@@ -86,14 +86,17 @@ def _quantisation(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]
 
 
 def _fit(config: ModelConfig, weights: Weights, memory: machine.Memory) -> dict[str, Any]:
-    work = 0 if memory.name == "RAM" else work_bytes(config, STEP_TOKENS["cuda"])
-    left = memory.free - weights.memory - work
+    def left(kind: str) -> int:
+        on_gpu = memory.name != "RAM"
+        work = work_bytes(config, STEP_TOKENS["cuda"], KV_KINDS[kind]) if on_gpu else 0
+        return memory.free - weights.memory - work
+
     return {
         "memory": memory.name,
         "free_bytes": memory.free,
         "total_bytes": memory.total,
-        "weights_fit": left >= 0,
-        "context": {kind: fitting_context(config, kind, left) for kind in KV_KINDS},
+        "weights_fit": left("fp16") >= 0,
+        "context": {kind: fitting_context(config, kind, left(kind)) for kind in KV_KINDS},
     }
 
 

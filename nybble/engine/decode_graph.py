@@ -8,7 +8,7 @@ import torch
 
 from nybble.cache.store import KVStore
 from nybble.engine.scheduler import Chunk
-from nybble.kernels.backend import Batch
+from nybble.kernels.backend import Batch, OpenStep
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import Positions
 
@@ -21,12 +21,13 @@ class DecodeGraph:
     """Greedy decoding of `sequences` sequences, one token each a replay.
 
     positions: factors by row; a sequence's position p has row first_rows + p. max_length bounds
-    the keys while this graph is used. scratch_page: a page of the store that nobody owns, for
-    the writes of rows without a sequence. Whoever samples otherwise than greedily reads
+    the keys while this graph is used. scratch_page, scratch_seat: of the store and owned by nobody,
+    for the writes of rows without a sequence. Whoever samples otherwise than greedily reads
     `logits` and loads other ids before the next replay.
 
     Buffers on the device, set by `load`: ids int64 (sequences,), the tokens to feed next; int32
-    lengths, the keys that are cached, and first_rows (sequences,); pages (sequences, most pages).
+    lengths, the keys that are cached, first_rows and seats (sequences,); pages (sequences, most
+    pages).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class DecodeGraph:
         sequences: int,
         max_length: int,
         scratch_page: int,
+        scratch_seat: int = 0,
     ) -> None:
         device = decoder.backend.device
         pages = -(-max_length // store.page_size)
@@ -45,6 +47,7 @@ class DecodeGraph:
         self.ids = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
         self.first_rows = torch.zeros(sequences, dtype=torch.int32, device=device)
+        self.seats = torch.full((sequences,), scratch_seat, dtype=torch.int32, device=device)
         self.pages = torch.full((sequences, pages), scratch_page, dtype=torch.int32, device=device)
         self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self.logits = self._captured()
@@ -56,6 +59,7 @@ class DecodeGraph:
         lengths: torch.Tensor,
         pages: torch.Tensor,
         first_rows: torch.Tensor | None = None,
+        seats: torch.Tensor | None = None,
     ) -> None:
         """Set which sequences run next, the first rows of the buffers; `pages` may be narrower."""
         count = len(ids)
@@ -64,6 +68,8 @@ class DecodeGraph:
         self.pages[:count, : pages.shape[1]].copy_(pages)
         if first_rows is not None:
             self.first_rows[:count].copy_(first_rows)
+        if seats is not None:
+            self.seats[:count].copy_(seats)
 
     def replay(self) -> None:
         """Feed `ids`, put the best next ones in their place; returns before it is done."""
@@ -93,12 +99,26 @@ class DecodeGraph:
             lengths=self.lengths + 1,
             max_query=1,
             max_length=self.max_length,
+            open_step=self._open_step(at % size) if self.store.kind == "int4" else None,
         )
         positions = self.positions.take(at + self.first_rows)
         logits = self.decoder.forward(self.ids, Step(positions, batch, self.store.layers))
         self.ids.copy_(logits.argmax(-1))
         self.lengths.add_(1)
         return logits
+
+    def _open_step(self, offsets: torch.Tensor) -> OpenStep:
+        """store.open_step of single tokens, on the device."""
+        size = self.store.page_size
+        batch = Batch(
+            slots=(self.seats * size + offsets).to(torch.int32),
+            pages=self.seats[:, None],
+            starts=self.starts,
+            lengths=(offsets + 1).to(torch.int32),
+            max_query=1,
+            max_length=size,
+        )
+        return OpenStep(batch)
 
 
 class DecodeGraphs:
@@ -109,9 +129,11 @@ class DecodeGraphs:
         decoder: Decoder,
         store: KVStore,
         scratch_page: int,
+        scratch_seat: int,
         graph_type: type[DecodeGraph] = DecodeGraph,
     ) -> None:
-        self.decoder, self.store, self.scratch_page = decoder, store, scratch_page
+        self.decoder, self.store = decoder, store
+        self.scratch_page, self.scratch_seat = scratch_page, scratch_seat
         self._graph_type = graph_type
         self._positions: Positions | None = None
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
@@ -139,6 +161,7 @@ class DecodeGraphs:
             integers([chunk.begin for chunk in chunks] + [0] * idle),
             integers(pages),
             integers([*first_rows, *[0] * idle]),
+            integers([chunk.sequence.seat for chunk in chunks] + [self.scratch_seat] * idle),
         )
         graph.replay()
         return graph.logits[: len(chunks)]
@@ -146,8 +169,9 @@ class DecodeGraphs:
     def _graph(self, positions: Positions, sequences: int, length: int) -> DecodeGraph:
         key = (sequences, length)
         if key not in self._graphs:
+            free = self.scratch_page, self.scratch_seat
             self._graphs[key] = self._graph_type(
-                self.decoder, self.store, positions, sequences, length, self.scratch_page
+                self.decoder, self.store, positions, sequences, length, *free
             )
         return self._graphs[key]
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.cache.pages import PagePool
-from nybble.cache.sizes import bytes_per_token
-from nybble.cache.store import PAGE_SIZE
+from nybble.cache.sizes import PAGE_SIZE, bytes_per_token, seat_count
 from nybble.engine import replay
 from nybble.engine.constraint import Constraint
 from nybble.engine.generation import Generation
@@ -85,15 +84,16 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.kv_dtype = kv_dtype
         self.prefill_chunk = prefill_chunk
-        self.max_running = min(max_running, prefill_chunk)
         self.share_prefixes = share_prefixes
         self.token_bytes = bytes_per_token(decoder.config, kv_dtype)
         wanted = cache_tokens or max(max_context, _CACHE_BYTES // self.token_bytes)
         self.num_pages = -(-wanted // PAGE_SIZE)
         self.max_context = min(max_context, self.num_pages * PAGE_SIZE)
+        seats = seat_count(kv_dtype, self.num_pages * PAGE_SIZE, max_running)
+        self.max_running = min(seats, prefill_chunk)
         self.counters = Counters()
         self.scheduler = self._new_scheduler()
-        self._runner = Runner(decoder, kv_dtype, self.num_pages, PAGE_SIZE)
+        self._runner = Runner(decoder, kv_dtype, self.num_pages, PAGE_SIZE, self.max_running)
         self._sampler = Sampler(vocab_size, self.device, unused_ids)
         self._threads = threads
         self._alive: dict[TokenSequence, Request] = {}

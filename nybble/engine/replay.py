@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nybble.cache.store import PAGE_SIZE, KVStore, one_sequence
+from nybble.cache.sizes import PAGE_SIZE
+from nybble.cache.store import KVStore, one_sequence
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import make_positions
 
@@ -45,4 +46,5 @@ def _steps(
         chunk = ids[begin : begin + prefill_chunk]
         batch = one_sequence(begin, len(chunk), PAGE_SIZE, device)
         at = positions.slice(begin, begin + len(chunk))
+        batch = store.opened(batch, [(begin, begin + len(chunk))], [0])
         yield torch.tensor(chunk, device=device), Step(at, batch, store.layers)

@@ -26,15 +26,18 @@ class Runner:
     graph has captured must not move.
     """
 
-    def __init__(self, decoder: Decoder, kind: str, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, decoder: Decoder, kind: str, num_pages: int, page_size: int, seats: int
+    ) -> None:
         self.device = decoder.backend.device
         self.num_pages = num_pages
         self._positions = PositionTable(decoder.config, self.device)
         # The other kernels read device values on the host, which no graph can capture.
         captured = decoder.backend.name == "cuda"
         first = num_pages + 1 if captured else 0
-        self._store = KVStore(decoder.config, kind, first, self.device, page_size)
-        self._graphs = DecodeGraphs(decoder, self._store, num_pages) if captured else None
+        held = seats + 1 if captured else seats  # the padding of decode graphs has a seat, too
+        self._store = KVStore(decoder.config, kind, first, self.device, page_size, held)
+        self._graphs = DecodeGraphs(decoder, self._store, num_pages, seats) if captured else None
 
     def run(
         self, decoder: Decoder, chunks: Sequence[Chunk], every: Collection[int] = ()
@@ -65,7 +68,7 @@ class Runner:
             starts.append(starts[-1] + len(chunk))
         most = -(-max(lengths) // size)
         tables = (chunk.sequence.pages[:most] for chunk in chunks)
-        return Batch(
+        batch = Batch(
             slots=self._integers([slot for chunk in chunks for slot in chunk.slots(size)]),
             pages=self._integers([table + [0] * (most - len(table)) for table in tables]),
             starts=self._integers(starts),
@@ -73,6 +76,8 @@ class Runner:
             max_query=max(map(len, chunks)),
             max_length=max(lengths),
         )
+        spans = [(chunk.begin, chunk.end) for chunk in chunks]
+        return self._store.opened(batch, spans, [chunk.sequence.seat for chunk in chunks])
 
     def _integers(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)

@@ -26,7 +26,8 @@ class TokenSequence:
 
     tokens: prompt and answer so far; the engine appends. limit: the most it can ever have.
     alpha: how dynamic NTK stretches its positions, which decides keys beside the tokens. whole:
-    somebody wants the logits of every token, so none is taken from the cache. Of `tokens`, the
+    somebody wants the logits of every token, so none is taken from the cache. seat: a number that
+    no other running sequence has, below the most that run; -1 while it waits. Of `tokens`, the
     first `computed` stand in `pages`, which this sequence owns (one reference each) while it
     runs. `reused` counts those it found there instead of computing them.
     """
@@ -38,6 +39,7 @@ class TokenSequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0
+    seat: int = -1
     _keys: list[bytes] = field(default_factory=list, repr=False)
 
     @property
@@ -106,6 +108,7 @@ class Scheduler:
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []
         self.preemptions = 0
+        self._free_seats = list(range(max_running))[::-1]
 
     @property
     def idle(self) -> bool:
@@ -157,6 +160,9 @@ class Scheduler:
         """RuntimeError unless each page is accounted for, and waiting sequences hold none."""
         if any(sequence.pages or sequence.computed for sequence in self.waiting):
             raise RuntimeError("a waiting sequence holds pages or counts on them")
+        seats = [sequence.seat for sequence in self.running] + self._free_seats
+        if sorted(seats) != list(range(self.max_running)):
+            raise RuntimeError("two running sequences share a seat, or one is lost")
         self.pool.check(page for sequence in self.running for page in sequence.pages)
 
     # -- decoding, and what happens when pages run out ----------------------------------------
@@ -188,12 +194,16 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = 0
+        self._free_seats.append(sequence.seat)
+        sequence.seat = -1
 
     # -- admission ------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running and self._place():
-            self.running.append(self.waiting.popleft())
+            sequence = self.waiting.popleft()
+            sequence.seat = self._free_seats.pop()
+            self.running.append(sequence)
 
     def _place(self) -> bool:
         """Give the first of the queue the pages of all its tokens, if there are enough."""

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from nybble.cache.store import PAGE_SIZE, KVStore, one_sequence
+from nybble.cache.sizes import PAGE_SIZE
+from nybble.cache.store import KVStore, one_sequence
 from nybble.config import ModelConfig
 from nybble.kernels.backend import KV_DTYPES, Backend, LinearFn
 from nybble.model.decoder import Decoder, Layer, Step

@@ -42,6 +42,7 @@ class Batch:
     lengths: torch.Tensor  # (sequences,): keys of each sequence, the new ones included
     max_query: int  # most new tokens of one sequence
     max_length: int  # most keys of one sequence, or an upper bound of it
+    open_step: OpenStep | None = None  # for a cache with open pages: where these tokens stand there
 
     def __post_init__(self) -> None:
         tensors = (self.slots, self.pages, self.starts, self.lengths)
@@ -63,7 +64,23 @@ class Batch:
         """The batch of these rows alone, for attention to what is stored already."""
         starts = torch.arange(len(self.starts), dtype=torch.int32, device=self.starts.device)
         slots = self.slots.index_select(0, self.ends)
-        return replace(self, slots=slots, starts=starts, max_query=1)
+        return replace(self, slots=slots, starts=starts, max_query=1, open_step=None)
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """The tokens of a batch in pages of 16 bits: see kernels/open_pages.py.
+
+    batch: the same tokens in the same order, its sequences being stretches that end with a page.
+    pages: of these tokens, shared by all layers; None: they stand in the layer's seats themselves.
+    loads: (seats, pages) int64, copied from a layer's seats to `pages` before its step; keeps:
+    (pages, seats), copied back after it.
+    """
+
+    batch: Batch
+    pages: KVLayer | None = None
+    loads: tuple[torch.Tensor, torch.Tensor] | None = None
+    keeps: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 KV_DTYPES = {
@@ -92,6 +109,9 @@ class KVLayer:
             be short) step and low: x ~ code * step + low, step = (max - low) / 15.
     For all of them the keys are stored after the rotation of `ref_cache.hadamard`, and
     rope_store returns q rotated alike, so that q . k is unchanged. Values are not rotated.
+
+    seats, of int4 only: pages of 16 bits, one for each running sequence, with what stands in its
+    open (last) page; a token sees its own page there and not as codes.
     """
 
     kind: str
@@ -99,6 +119,7 @@ class KVLayer:
     values: torch.Tensor
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
+    seats: KVLayer | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KV_DTYPES:
@@ -200,6 +221,23 @@ class Backend(Protocol):
         q (tokens, heads, head_dim) -> (tokens, heads * head_dim). Row i of the n new ones of
         sequence s sees its keys 0 .. lengths[s] - n + i.
         """
+        ...
+
+    def partial_attention(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """attention, and ln of the sum of exp(score) that it divided by, fp32 (tokens, heads).
+
+        closed: a row sees only the pages before its own. Zeros and -inf where there is no key.
+        """
+        ...
+
+    def merge_attention(
+        self,
+        first: tuple[torch.Tensor, torch.Tensor],
+        second: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention over the keys of two partial ones, of which the second has some."""
         ...
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:

@@ -113,11 +113,8 @@ class RefBackend:
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
     ) -> torch.Tensor:
         out = torch.empty_like(q)  # (tokens, heads, head_dim)
-        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-        for s, length in enumerate(lengths):
-            rows = slice(starts[s], starts[s + 1])
-            k, v = ref_cache.gather(layer, batch.pages[s], length)
-            out[rows] = self.attend(q[rows].float(), k, v, scale).to(q.dtype)
+        for rows, _, keys, values in ref_cache.sequences(layer, batch):
+            out[rows] = self.attend(q[rows].float(), keys, values, scale).to(q.dtype)
         return out.flatten(1)
 
     def attend(
@@ -127,15 +124,30 @@ class RefBackend:
 
         keys, values (kv_heads, length, head_dim).
         """
-        tokens, heads, _ = q.shape
-        kv_heads, length, _ = keys.shape
-        k = keys.repeat_interleave(heads // kv_heads, 0)  # (heads, length, head_dim)
-        v = values.repeat_interleave(heads // kv_heads, 0)
-        scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * scale
-        slots = torch.arange(length, device=q.device)
-        hidden = slots[None, :] > slots[length - tokens :, None]  # (tokens, length)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return torch.matmul(weights, v).transpose(0, 1)
+        length = keys.shape[1]
+        seen = torch.arange(length - len(q), length, device=q.device) + 1
+        return _attend(q, keys, values, scale, seen)[0]
+
+    def partial_attention(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, sums = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+        for rows, positions, keys, values in ref_cache.sequences(layer, batch):
+            size = layer.page_size
+            seen = positions // size * size if closed else positions + 1
+            result, sums[rows] = _attend(q[rows].float(), keys, values, scale, seen)
+            out[rows] = result.to(q.dtype)
+        return out.flatten(1), sums
+
+    def merge_attention(
+        self,
+        first: tuple[torch.Tensor, torch.Tensor],
+        second: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        (a, a_sums), (b, b_sums) = first, second
+        share = torch.sigmoid(b_sums - a_sums).to(a.dtype).unsqueeze(-1)
+        shape = (*a_sums.shape, -1)
+        return torch.lerp(a.view(shape), b.view(shape), share).flatten(1)
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
         weight = dequantize(matrix)  # (rows, N)
@@ -164,6 +176,19 @@ class RefBackend:
 
     def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
         return self.dense_linear(weight, None)
+
+
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like RefBackend.attend, and ln of each row's sum; seen (tokens,): how many keys it sees."""
+    group = q.shape[1] // len(keys)
+    k, v = (x.repeat_interleave(group, 0) for x in (keys, values))  # (heads, length, head_dim)
+    scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * scale
+    hidden = torch.arange(keys.shape[1], device=q.device) >= seen[:, None]  # (tokens, length)
+    sums = scores.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+    weights = torch.where(hidden, 0.0, (scores - sums).exp())
+    return torch.matmul(weights, v).transpose(0, 1), sums[..., 0].t()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from nybble.config import KV_GROUP
-from nybble.kernels.backend import KVLayer
+from nybble.kernels.backend import Batch, KVLayer
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -39,6 +41,18 @@ def store(
         return
     codes, steps = _QUANTIZE[kind](x)
     cache[page, :, offset], scales[page, :, offset] = codes, steps
+
+
+def sequences(
+    layer: KVLayer, batch: Batch
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each sequence: its rows, their positions, and its keys and values as `gather` has them."""
+    starts = batch.starts.tolist()
+    for s, length in enumerate(batch.lengths.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        new = starts[s + 1] - starts[s]
+        positions = torch.arange(length - new, length, device=layer.keys.device)
+        yield rows, positions, *gather(layer, batch.pages[s], length)
 
 
 def gather(layer: KVLayer, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.config import ModelConfig
+from nybble.kernels import open_pages
 from nybble.kernels.backend import Backend, Batch, KVLayer, LinearFn
 from nybble.model.rope import Positions
 
@@ -101,6 +102,12 @@ class Decoder:
             q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)
             k = self.backend.rms_norm(k, layer.k_norm, config.norm_eps)
         cache, batch, scale = step.layers[index], step.batch, config.head_dim**-0.5
+        if cache.seats is not None:
+            rotary = (at.cos, at.sin)
+            out = open_pages.attention(
+                self.backend, (q, k, v), rotary, cache, batch, scale, at.query_scale
+            )
+            return out.index_select(0, batch.ends) if last else out
         q = self.backend.rope_store(q, k, v, at.cos, at.sin, cache, batch)
         if at.query_scale is not None:
             q = q * at.query_scale

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nybble.cache.sizes import cache_bytes, fitting_tokens, seat_count
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig, QuantConfig, RopeConfig
 from nybble.errors import CapacityError
@@ -142,7 +145,7 @@ WEIGHTS_72B = Weights(72_300_000_000, {}, 41_100_000_000)
         (76.5e9, "int6", False),
         (75e9, "int6", True),
         (70e9, "int4", False),
-        (66e9, "int4", True),
+        (67.5e9, "int4", True),
     ],
 )
 def test_the_finest_cache_that_holds_the_context(free, kind, host_embedding) -> None:
@@ -150,7 +153,26 @@ def test_the_finest_cache_that_holds_the_context(free, kind, host_embedding) -> 
     plan = plan_memory(QWEN_72B, WEIGHTS_72B, kinds, (32768, 32768), 8192, int(free))
     assert (plan.kv_dtype, plan.host_embedding) == (kind, host_embedding)
     assert plan.total <= free
-    assert plan.cache == 32768 * kv_bytes_per_token(QWEN_72B, {"float16": "fp16"}.get(kind, kind))
+    assert plan.cache == cache_bytes(QWEN_72B, kind, 32768)
+
+
+@given(
+    st.sampled_from(["float16", "int8", "int6", "int4"]),
+    st.floats(0, 200e9),
+    st.integers(1, 64),
+)
+def test_what_is_said_to_fit_fits_and_little_more_would(kind, room, running) -> None:
+    tokens = fitting_tokens(QWEN_72B, kind, room, running)
+    assert tokens == 0 or cache_bytes(QWEN_72B, kind, tokens, running) <= room
+    assert cache_bytes(QWEN_72B, kind, tokens + 2049, running) > room
+
+
+def test_sequences_that_run_at_a_time_with_four_bits() -> None:
+    assert seat_count("int8", 100, 64) == 64
+    assert seat_count("int4", 100, 64) == 1
+    assert seat_count("int4", 32768, 64) == 16
+    assert seat_count("int4", 10**6, 64) == 64
+    assert cache_bytes(QWEN_72B, "int4", 32768, 64) == 32768 * 737_280 + 16 * 64 * 2_621_440
 
 
 def test_a_cache_takes_the_room_that_it_has_use_for() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from nybble.kernels import ref_cache
 from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 
 DEVICE = torch.device("cuda")
@@ -18,10 +21,19 @@ def make_batch(
     table = torch.zeros(len(new), max(counts) + 1, dtype=torch.int32)
     for row, pages in zip(table, order.split(counts), strict=True):
         row[: len(pages)] = pages
+    spans = [(length - count, length) for count, length in zip(new, lengths, strict=True)]
+    return batch_of(table, spans, page_size=page_size, bound=bound)
+
+
+def batch_of(
+    table: torch.Tensor, spans: Sequence[tuple[int, int]], *, page_size: int = 64, bound: int = 0
+) -> Batch:
+    """The step in which positions begin to end of each sequence are new; pages as in `table`."""
     slots = []
-    for s, (count, length) in enumerate(zip(new, lengths, strict=True)):
-        position = torch.arange(length - count, length)
-        slots.append(table[s, position // page_size] * page_size + position % page_size)
+    for pages, (begin, end) in zip(table.cpu(), spans, strict=True):
+        position = torch.arange(begin, end)
+        slots.append(pages[position // page_size] * page_size + position % page_size)
+    new, lengths = [end - begin for begin, end in spans], [end for _, end in spans]
     return Batch(
         slots=torch.cat(slots).int().to(DEVICE),
         pages=table.to(DEVICE),
@@ -56,9 +68,27 @@ def empty_layer(
     return KVLayer(kind, codes(), codes(), steps(), steps())
 
 
+def fill(layer: KVLayer, batch: Batch, lengths: list[int]) -> None:
+    """Random keys and values in every slot that the lengths cover; the others stay poison."""
+    page_size = layer.page_size
+    for pages, length in zip(batch.pages.long(), lengths, strict=True):
+        position = torch.arange(length, device=DEVICE)
+        slots = pages[position // page_size] * page_size + position % page_size
+        _, k, v = random_qkv(length, 1, layer.kv_heads, layer.head_dim, torch.float32)
+        ref_cache.store(layer.keys, layer.key_scales, layer.kind, slots, k)
+        ref_cache.store(layer.values, layer.value_scales, layer.kind, slots, v)
+
+
+def poison(*shape: int, dtype: torch.dtype) -> None:
+    """Leave NaN in the memory that the next allocation of this size will get."""
+    for _ in range(4):
+        torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
 def clone(layer: KVLayer) -> KVLayer:
     parts = (layer.keys, layer.values, layer.key_scales, layer.value_scales)
-    return KVLayer(layer.kind, *(None if part is None else part.clone() for part in parts))
+    seats = None if layer.seats is None else clone(layer.seats)
+    return KVLayer(layer.kind, *(None if part is None else part.clone() for part in parts), seats)
 
 
 def random_qkv(

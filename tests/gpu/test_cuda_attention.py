@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_samples import empty_layer, make_batch, pages_of, random_qkv, relative_error
+from paged_samples import empty_layer, fill, make_batch, pages_of, poison, relative_error
 
 from nybble.errors import CapacityError, ConfigError
-from nybble.kernels import ref_cache
-from nybble.kernels.backend import Batch, KVLayer
 from nybble.kernels.ref import RefBackend
 
 if not torch.cuda.is_available():
@@ -21,23 +19,6 @@ KINDS = ["float16", "bfloat16", "int8", "int6", "int4"]
 # Whether prompts take the kernel of compute capability 9.0, where there is a choice.
 HOPPER = [False, True] if torch.cuda.get_device_capability() == (9, 0) else [False]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def fill(layer: KVLayer, batch: Batch, lengths: list[int]) -> None:
-    """Random keys and values in every slot that the lengths cover; the others stay poison."""
-    page_size = layer.page_size
-    for pages, length in zip(batch.pages.long(), lengths, strict=True):
-        position = torch.arange(length, device="cuda")
-        slots = pages[position // page_size] * page_size + position % page_size
-        _, k, v = random_qkv(length, 1, layer.kv_heads, layer.head_dim, torch.float32)
-        ref_cache.store(layer.keys, layer.key_scales, layer.kind, slots, k)
-        ref_cache.store(layer.values, layer.value_scales, layer.kind, slots, v)
-
-
-def poison(*shape: int, dtype: torch.dtype) -> None:
-    """Leave NaN in the memory that the next allocation of this size will get."""
-    for _ in range(4):
-        torch.full(shape, torch.nan, dtype=dtype, device="cuda")
 
 
 def compare(

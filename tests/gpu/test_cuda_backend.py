@@ -82,6 +82,18 @@ class Broken(CudaBackend):
             out[-1] = out[0]
         return out
 
+    def partial_attention(self, q, layer, batch, scale, *, closed):
+        out, sums = super().partial_attention(q, layer, batch, scale, closed=closed)
+        if self.fault == "partial_attention":
+            sums[-1] += 1.0 if closed else -1.0
+        return out, sums
+
+    def merge_attention(self, first, second):
+        out = super().merge_attention(first, second)
+        if self.fault == "merge_attention":
+            out[-1] = second[0][-1]
+        return out
+
     def rope_store(self, q, k, v, cos, sin, layer, batch):
         if self.fault == "rope_store":
             v = v.roll(1, 0)
@@ -95,6 +107,14 @@ def test_self_test_finds_faults(fault, kind):
     backend.fault = fault
     with pytest.raises(ConfigError, match=fault):
         selftest.check(backend, selftest.Shape(4, 4, 128, 512, kind))
+
+
+@pytest.mark.parametrize("fault", ["partial_attention", "merge_attention"])
+def test_self_test_finds_faults_of_open_pages(fault):
+    backend = Broken("cuda")
+    backend.fault = fault
+    with pytest.raises(ConfigError, match="open pages"):
+        selftest.check(backend, selftest.Shape(4, 4, 128, 512, "int4"))
 
 
 def test_self_test_of_matrices(random, monkeypatch):
@@ -189,6 +209,8 @@ def test_an_embedding_in_main_memory():
 
 def test_memory_is_taken_as_planned(tmp_path):
     write_llama(tmp_path, hidden_size=1024, intermediate_size=4096, head_dim=128)
+    square = torch.ones(8, 8, device="cuda", dtype=torch.float16)
+    square @ square  # cuBLAS takes its workspace, which belongs to `work`, at the first product
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     llm = LLM(tmp_path, device="cuda", dtype="float16", cache_tokens=20_000)

@@ -1,4 +1,4 @@
-/* Causal attention over pages, with grouped heads, in the online-softmax form (Dao et al. 2022).
+/* Attention over pages, with grouped heads, in the online-softmax form (Dao et al. 2022).
  *
  * The query heads that share a K/V head are rows of one small matrix, so a key is read once for
  * all of them. Keys are taken in blocks of 32 (which never straddle pages), transposed into fp32;
@@ -7,6 +7,7 @@
  * change a bit of the result, and neither does the composition of the batch. */
 #include <float.h>
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 
 #include "blocks.h"
@@ -21,10 +22,12 @@
 typedef struct {
     const float *q; /* (tokens, kv_heads * group, dim) */
     float *out;     /* like q */
+    float *sums;    /* (tokens, kv_heads * group) ln of the softmax sums, or NULL: not wanted */
     const int32_t *pages, *starts, *lengths; /* (sequences, page_stride), (sequences + 1), ... */
     long tokens, sequences, page_stride, most_pages, group;
     Cache cache; /* dim is a multiple of 16, page_size of KEYS */
     float scale;
+    int closed; /* a row sees the pages before its own, and else its own key and all before it */
 } Attention;
 
 /* Softmax state of some rows: out = weighted / sum once everything is merged. */
@@ -166,6 +169,12 @@ INLINE long new_tokens(const Attention *a, long seq) { return a->starts[seq + 1]
 INLINE long item_rows(const Attention *a, const Item *i) { return (i->last - i->first) * a->group; }
 INLINE long segments_of(long keys) { return (keys + SEGMENT - 1) / SEGMENT; }
 
+/* How many keys, from the first on, new token `token` of a sequence sees. */
+INLINE long keys_seen(const Attention *a, long seq, long token) {
+    const long position = a->lengths[seq] - new_tokens(a, seq) + token;
+    return a->closed ? position / a->cache.page_size * a->cache.page_size : position + 1;
+}
+
 /* The block that will be loaded after that of `key` at `row`: the next one in memory where all
  * heads are taken together, and else the head's own. -1 behind the last one. */
 INLINE long next_row(const Attention *a, const Item *item, long key, long row) {
@@ -179,7 +188,6 @@ INLINE long next_row(const Attention *a, const Item *item, long key, long row) {
 NOINLINE static void attend_keys(const Attention *a, const Item *item, long start, long end,
                                  Scratch *s) {
     const long rows = item_rows(a, item), dim = a->cache.dim;
-    const long past = a->lengths[item->seq] - new_tokens(a, item->seq);
     if (start % SEGMENT == 0) clear_state(s->segment, rows, dim);
     for (long key = start; key < end; key += KEYS) {
         const long count = min_l(KEYS, end - key);
@@ -188,7 +196,7 @@ NOINLINE static void attend_keys(const Attention *a, const Item *item, long star
         for (long row = 0; row < rows; row += ROWS) {
             long seen[ROWS];
             for (long r = 0; r < ROWS; r++)
-                seen[r] = past + item->first + (row + r) / a->group + 1 - key;
+                seen[r] = keys_seen(a, item->seq, item->first + (row + r) / a->group) - key;
             switch (rows - row) {
             case 1: attend_rows(s, row, seen, count, dim, 1); break;
             case 2: attend_rows(s, row, seen, count, dim, 2); break;
@@ -199,9 +207,14 @@ NOINLINE static void attend_keys(const Attention *a, const Item *item, long star
     }
 }
 
-INLINE long row_offset(const Attention *a, const Item *item, long row) {
+/* The number of an item's row among those of q, and where it begins. */
+INLINE long row_number(const Attention *a, const Item *item, long row) {
     const long token = a->starts[item->seq] + item->first + row / a->group;
-    return ((token * a->cache.kv_heads + item->head) * a->group + row % a->group) * a->cache.dim;
+    return (token * a->cache.kv_heads + item->head) * a->group + row % a->group;
+}
+
+INLINE long row_offset(const Attention *a, const Item *item, long row) {
+    return row_number(a, item, row) * a->cache.dim;
 }
 
 static void load_queries(const Attention *a, const Item *item, Scratch *s) {
@@ -212,11 +225,17 @@ static void load_queries(const Attention *a, const Item *item, Scratch *s) {
                       load_f32(a->q + row_offset(a, item, row) + d) * splat(a->scale));
 }
 
+/* A row without keys is told by its place and not by its sum: that is 0 too where every score is
+ * -inf, and what others of its item see may have made its 0 * NaN a NaN. */
 static void store_row(const Attention *a, const Item *item, State s, long row) {
+    const long dim = a->cache.dim;
+    float *out = a->out + row_offset(a, item, row);
+    const int none = keys_seen(a, item->seq, item->first + row / a->group) == 0;
     const f32x16 inverse = splat(1.0f / s.sum[row]);
-    for (long d = 0; d < a->cache.dim; d += LANES)
-        store_f32(a->out + row_offset(a, item, row) + d,
-                  load_f32(s.weighted + row * a->cache.dim + d) * inverse);
+    for (long d = 0; d < dim; d += LANES)
+        store_f32(out + d, none ? splat(0.0f) : load_f32(s.weighted + row * dim + d) * inverse);
+    if (a->sums) /* ln(0) is -inf: so it is for a row without keys */
+        a->sums[row_number(a, item, row)] = s.peak[row] + logf(s.sum[row]);
 }
 
 INLINE long state_floats(long rows, long dim) { return (rows * (dim + 2) + 15) / 16 * 16; }
@@ -268,7 +287,7 @@ static void attend_piece(const Attention *a, Item item, Scratch s) {
 static void merge_head(const Attention *a, Item item, long head, Scratch s) {
     item.head = head;
     clear_state(s.total, item_rows(a, &item), a->cache.dim);
-    for (long j = 0; j < segments_of(a->lengths[item.seq]); j++)
+    for (long j = 0; j < segments_of(keys_seen(a, item.seq, item.last - 1)); j++)
         merge_rows(a, &item, s.total, state_of(a, &item, j));
     store_rows(a, &item, s.total);
 }
@@ -302,17 +321,18 @@ static void add_pieces(Plan *p, const Attention *a, Item item, long step) {
 /* Few rows with more than `longest` segments a head are cut into pieces: one thread would keep the
  * others waiting. */
 static void plan_sequence(Plan *p, const Attention *a, long seq, long longest) {
-    const long tokens = new_tokens(a, seq), length = a->lengths[seq], heads = a->cache.kv_heads;
+    const long tokens = new_tokens(a, seq), heads = a->cache.kv_heads;
+    const long keys = keys_seen(a, seq, tokens - 1);
     const long span = a->group < ITEM_ROWS ? ITEM_ROWS / a->group : 1;
-    if (tokens && tokens * a->group <= SPLIT_ROWS && segments_of(length) > longest) {
+    if (tokens && tokens * a->group <= SPLIT_ROWS && segments_of(keys) > longest) {
         const long step = longest > heads ? longest / heads * SEGMENT : SEGMENT;
-        add_pieces(p, a, (Item){seq, 0, 0, tokens, 0, length, NULL}, step);
+        add_pieces(p, a, (Item){seq, 0, 0, tokens, 0, keys, NULL}, step);
         return;
     }
     for (long i = (tokens - 1) / span; i >= 0 && tokens; i--) /* the longest items first */
         for (long head = 0; head < heads; head++) {
             const long last = min_l((i + 1) * span, tokens);
-            const Item item = {seq, head, i * span, last, 0, length - tokens + last, NULL};
+            const Item item = {seq, head, i * span, last, 0, keys_seen(a, seq, last - 1), NULL};
             add_item(p, a, item, 1);
         }
 }

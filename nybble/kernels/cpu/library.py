@@ -53,10 +53,11 @@ class Rope(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("q", "out", "pages", "starts", "lengths")),
+        *((name, _pointer) for name in ("q", "out", "sums", "pages", "starts", "lengths")),
         *((name, _long) for name in ("tokens", "sequences", "page_stride", "most_pages", "group")),
         ("cache", Cache),
         ("scale", _float),
+        ("closed", _int),
     )
 
 
@@ -66,6 +67,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "nybble_dense_linear": (None, [_pointer, _pointer, _long, _pointer, _int]),
     "nybble_rms_norm": (None, [_pointer, _pointer, _int, _float, _long, _long, _pointer, _int]),
     "nybble_silu_mul": (None, [_pointer, _long, _long, _pointer, _int]),
+    "nybble_merge_attention": (None, [*4 * [_pointer], _long, _long, _pointer, _int]),
     "nybble_rope_store": (_int, [_pointer, _int]),
     "nybble_attention": (_int, [_pointer, _int]),
 }
@@ -80,6 +82,7 @@ class Library:
     dense_linear: Any
     rms_norm: Any
     silu_mul: Any
+    merge_attention: Any
     rope_store: Any
     attention: Any
 

@@ -39,6 +39,7 @@ class _DecodeArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "out", "parts", "finished")),
         *((name, ctypes.c_int) for name in ("heads", "head_tiles", "splits")),
         ("scale", ctypes.c_float),
+        ("logs", ctypes.c_void_p),  # here and below: beyond what kernels without PARTIAL take
     )
 
 
@@ -48,6 +49,7 @@ class _PrefillArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "out")),
         *((name, ctypes.c_int) for name in ("heads", "query_tiles")),
         ("scale", ctypes.c_float),
+        ("logs", ctypes.c_void_p),
     )
 
 
@@ -58,6 +60,18 @@ class _RopeArguments(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads")),
     )
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What a call writes, (tokens, heads * head_dim) and (tokens, heads): see partial.cuh."""
+
+    out: torch.Tensor
+    logs: torch.Tensor | None = None
+    closed: bool = False
+
+    def defines(self) -> dict[str, int]:
+        return {"PARTIAL": int(self.logs is not None), "CLOSED": int(self.closed)}
 
 
 @dataclass(frozen=True)
@@ -206,18 +220,32 @@ class PagedAttention:
 
     def __call__(self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float) -> torch.Tensor:
         """See Backend.attention."""
+        results = _Results(torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device))
+        self._attend(q, layer, batch, scale, results)
+        return results.out
+
+    def partial(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Backend.partial_attention."""
+        out = torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device)
+        logs = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
+        self._attend(q, layer, batch, scale, _Results(out, logs, closed))
+        return out, logs
+
+    def _attend(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, results: _Results
+    ) -> None:
         q = q.to(self.dtype).contiguous()
         self._check(q, layer)
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if batch.max_query > 1:
-            self._prefill(q, layer, batch, scale, out)
+            self._prefill(q, layer, batch, scale, results)
         # Each kernel passes over the sequences of the other; one sequence has no other.
         if batch.max_query == 1 or len(batch.lengths) > 1:
-            self._decode(q, layer, batch, scale, out)
-        return out
+            self._decode(q, layer, batch, scale, results)
 
     def _decode(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, out: torch.Tensor
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, results: _Results
     ) -> None:
         plan = self._plans[layer.kind]
         _, heads, head_dim = q.shape
@@ -241,19 +269,24 @@ class PagedAttention:
         )
         arguments = _DecodeArguments(
             _cache_of(layer, batch),
-            *_pointers(q, out, parts, self._finished),
+            *_pointers(q, results.out, parts, self._finished),
             *(heads, head_tiles, splits, scale * _LOG2_E),
+            *_pointers(results.logs),
         )
-        run = self._kernel("attention_decode", layer, plan.defines(), shared_bytes)
+        defines = {**plan.defines(), **results.defines()}
+        run = self._kernel("attention_decode", layer, defines, shared_bytes)
         run.launch((units * splits, 1), 32 * plan.warps, arguments, dependent=self._dependent)
 
     def _prefill(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, out: torch.Tensor
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, results: _Results
     ) -> None:
         _, heads, head_dim = q.shape
         query_tiles = -(-batch.max_query // _QUERIES)
         arguments = _PrefillArguments(
-            _cache_of(layer, batch), *_pointers(q, out), heads, query_tiles, scale * _LOG2_E
+            _cache_of(layer, batch),
+            *_pointers(q, results.out),
+            *(heads, query_tiles, scale * _LOG2_E),
+            *_pointers(results.logs),
         )
         if self._hopper and head_dim == 128:  # the source says why
             name, threads = "attention_hopper", 384
@@ -261,7 +294,7 @@ class PagedAttention:
         else:
             name, threads = "attention_prefill", 128
             shared_bytes = _prefill_bytes(layer.kind, head_dim)
-        run = self._kernel(name, layer, {}, shared_bytes)
+        run = self._kernel(name, layer, results.defines(), shared_bytes)
         blocks = query_tiles * heads * len(batch.lengths)
         run.launch((blocks, 1), threads, arguments, dependent=self._dependent)
 

@@ -9,8 +9,8 @@
 // Lane (g, t) = (lane / 4, lane % 4). Codes keep their own order: what matters is only that keys
 // and queries agree, and that write_out() knows where an output belongs.
 //
-// Macros beside those of attention.cuh: TILE 16|32, STAGES, WARPS, MIN_BLOCKS.
-#include "attention.cuh"
+// Macros beside those of partial.cuh: TILE 16|32, STAGES, WARPS, MIN_BLOCKS.
+#include "partial.cuh"
 
 constexpr int kHeads = 8;                      // columns of a product
 constexpr int kRowTiles = HEAD_DIM / 16;       // of the output
@@ -34,14 +34,18 @@ struct Args {
     u32* finished;  // zeros, one for each sequence and tile of heads; left as zeros
     int heads, head_tiles, splits;
     float scale;    // times log2(e)
+#if PARTIAL
+    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+#endif
 };
 
 // Which part of the work a block does.
 struct Work {
     int split, head_tile, kv_head, sequence, unit;
-    int length, first, last;  // tiles of keys: first .. last - 1
+    int length;               // keys that the token sees
+    int first, last;          // tiles of keys: first .. last - 1
     int head, heads;          // first query head, and how many
-    int splits;               // of this sequence: parts that have any keys
+    int splits;               // of this sequence: parts that have any keys, or one without
 
     __device__ __forceinline__ explicit Work(const Args& a) {
         split = blockIdx.x % a.splits;
@@ -52,10 +56,10 @@ struct Work {
         const int group = a.heads / a.cache.kv_heads;
         head = kv_head * group + head_tile * kHeads;
         heads = min(kHeads, group - head_tile * kHeads);
-        length = a.cache.lengths[sequence];
+        length = last_key(a.cache.lengths[sequence] - 1) + 1;
         const int tiles = (length + TILE - 1) / TILE;
         const int share = (tiles + a.splits - 1) / a.splits;
-        splits = share ? (tiles + share - 1) / share : 0;
+        splits = share ? (tiles + share - 1) / share : CLOSED;
         first = split * share;
         last = min(first + share, tiles);
     }
@@ -440,7 +444,11 @@ __device__ __forceinline__ Total add_up(const float* parts, int count, int strid
 
 __device__ __forceinline__ void write_out(const Args& a, const Work& w, int head, int dim, Total t) {
     const size_t row = size_t(a.cache.starts[w.sequence]) * a.heads + w.head + head;
-    a.out[row * HEAD_DIM + dim] = u16(activation_pair(t.sum / t.weight, 0.f));
+    const bool blind = CLOSED && w.length == 0;
+    a.out[row * HEAD_DIM + dim] = blind ? u16(0) : u16(activation_pair(t.sum / t.weight, 0.f));
+#if PARTIAL
+    if (dim == 0) a.logs[row] = blind ? -infinity() : natural_log(t.most, t.weight);
+#endif
 }
 
 // True in the block whose part was the last one to be written.
@@ -470,12 +478,14 @@ attention_decode(const __grid_constant__ Args a) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     u8* stages = memory + warp * STAGES * kStageBytes;
 
-    // Keys of earlier steps can be asked for before the kernel ahead has stored the new one.
-    bool waited = false;
+    // Keys of earlier steps can be asked for before the kernel ahead has stored the new one. Closed
+    // pages hold no others; open ones may have been copied in this very step.
+    bool waited = PARTIAL && !CLOSED;
+    if (waited) wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         const int tile = w.first + warp + s * WARPS;
-        if (!waited && (tile + 1) * TILE >= w.length) {
+        if (!CLOSED && !waited && (tile + 1) * TILE >= w.length) {
             wait_for_previous_kernel();
             waited = true;
         }

@@ -6,7 +6,7 @@
 //
 // Tiles lie in blocks of 64 rows of 64 dimensions (128 bytes) with their 16-byte chunks exchanged
 // (chunk ^ row % 8), as `wgmma` reads them. PTX ISA, "Matrix descriptor".
-#include "attention.cuh"
+#include "partial.cuh"
 
 // With 64 dimensions ptxas 13.0 gives the queries and the probabilities the same registers, though
 // the queries are needed again for the next tile: seen in the SASS, and in wrong results.
@@ -31,6 +31,9 @@ struct Args {
     u16* out;      // likewise
     int heads, query_tiles;
     float scale;   // times log2(e)
+#if PARTIAL
+    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+#endif
 };
 
 struct Work {
@@ -49,9 +52,12 @@ struct Work {
         start = a.cache.starts[sequence];
         rows = a.cache.starts[sequence + 1] - start;
         length = a.cache.lengths[sequence];
-        const int visible = length - rows + min(rows, first_row + kQueries);
+        const int visible = last_key(length - rows + min(rows, first_row + kQueries) - 1) + 1;
         tiles = (visible + kKeys - 1) / kKeys;
     }
+
+    // Of a row among the new tokens of the sequence.
+    __device__ __forceinline__ int position(int row) const { return length - rows + row; }
 };
 
 // ---- barriers ------------------------------------------------------------------------------------
@@ -142,6 +148,7 @@ __device__ __forceinline__ void widen_tile(const u8* codes, u8* to, int valid, i
 __device__ __forceinline__ void produce(const Args& a, const Work& w, u8* memory, Barriers barriers) {
     const int thread = threadIdx.x;
     const u32 base = shared_address(memory);
+    if (CLOSED && w.tiles == 0) return;
     if constexpr (kCodes) copy_tile(a, w, 0, base + kCodesAt, thread);
     commit_copies();
     for (int tile = 0; tile < w.tiles; ++tile) {
@@ -303,14 +310,14 @@ __device__ __forceinline__ void multiply_values(Sums& sums, const Fragment (&p)[
     wgmma_commit();
 }
 
-// last: the last key that row g of the warp sees.
-__device__ __forceinline__ void hide_later_keys(float (&c)[kKeys / 2], int first_key, int last,
+// position: of row g of the warp.
+__device__ __forceinline__ void hide_later_keys(float (&c)[kKeys / 2], int first_key, int position,
                                                 int lane) {
-    if (first_key + kKeys - 1 <= last) return;
+    if (first_key + kKeys - 1 <= last_key(position)) return;
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
         const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (key > last + i / 2 % 2 * 8) c[i] = -infinity();
+        if (key > last_key(position + i / 2 % 2 * 8)) c[i] = -infinity();
     }
 }
 
@@ -330,12 +337,18 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& su
         weight += __shfl_xor_sync(~0u, weight, 1);
         weight += __shfl_xor_sync(~0u, weight, 2);
         if (row + 8 * h >= w.rows) continue;
+        const bool blind = CLOSED && last_key(w.position(row + 8 * h)) < 0;
         const float factor = 1.f / weight;
-        u16* to = a.out + (size_t(w.start + row + 8 * h) * a.heads + w.head) * HEAD_DIM;
+        const size_t at = size_t(w.start + row + 8 * h) * a.heads + w.head;
+        u16* to = a.out + at * HEAD_DIM;
 #pragma unroll
         for (int j = 0; j < HEAD_DIM / 8; ++j)
-            *reinterpret_cast<u32*>(to + 8 * j + lane % 4 * 2) = activation_pair(
-                sums.o[4 * j + 2 * h] * factor, sums.o[4 * j + 2 * h + 1] * factor);
+            *reinterpret_cast<u32*>(to + 8 * j + lane % 4 * 2) =
+                blind ? 0u : activation_pair(sums.o[4 * j + 2 * h] * factor,
+                                             sums.o[4 * j + 2 * h + 1] * factor);
+#if PARTIAL
+        if (lane % 4 == 0) a.logs[at] = blind ? -infinity() : natural_log(sums.most[h], weight);
+#endif
     }
 }
 
@@ -349,11 +362,12 @@ __device__ __forceinline__ void consume(const Args& a, const Work& w, u8* memory
         for (int i = 0; i < 4; ++i)
             q[s].reg[i] = query_pair(a, w, row + i % 2 * 8, 16 * s + i / 2 * 8 + lane % 4 * 2);
     Sums sums = {};
-    sums.most[0] = sums.most[1] = -infinity();
+    sums.most[0] = sums.most[1] = least_maximum();
+    if (CLOSED && w.tiles == 0) return write_out(a, w, sums, row, lane);
     float c[kKeys / 2];
     Fragment p[kKeys / 16];
     const u32 base = shared_address(memory);
-    const int last = w.length - w.rows + row;
+    const int position = w.position(row);
     for (int tile = 0; tile < w.tiles; ++tile) {
         const int stage = tile % kStages, before = (tile + kStages - 1) % kStages;
         wait_for(barriers.full(stage), tile / kStages % 2);
@@ -361,7 +375,7 @@ __device__ __forceinline__ void consume(const Args& a, const Work& w, u8* memory
         if (tile) multiply_values(sums, p, base + before * 2 * kTileBytes + kTileBytes);
         if (tile) wgmma_wait<1>();
         else wgmma_wait<0>();
-        hide_later_keys(c, tile * kKeys, last, lane);
+        hide_later_keys(c, tile * kKeys, position, lane);
         raise_maximum(sums, c, a.scale);
         take_exponentials(sums, c, a.scale);
         wgmma_wait<0>();  // the values of the tile before, whose weights make room

@@ -6,7 +6,7 @@
 // their own and are widened to fp16. Scores, probabilities and sums never leave the registers.
 //
 // Lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 of a 16-row tile, columns 2 t, 2 t + 1.
-#include "attention.cuh"
+#include "partial.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
@@ -31,6 +31,9 @@ struct Args {
     u16* out;      // likewise
     int heads, query_tiles;
     float scale;   // times log2(e)
+#if PARTIAL
+    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+#endif
 };
 
 struct Work {
@@ -49,8 +52,11 @@ struct Work {
         start = a.cache.starts[sequence];
         rows = a.cache.starts[sequence + 1] - start;
         length = a.cache.lengths[sequence];
-        visible = length - rows + min(rows, first_row + kQueries);
+        visible = last_key(length - rows + min(rows, first_row + kQueries) - 1) + 1;
     }
+
+    // Of a row among the new tokens of the sequence.
+    __device__ __forceinline__ int position(int row) const { return length - rows + row; }
 };
 
 __device__ __forceinline__ void load_queries(const Args& a, const Work& w, u32 to, u8* memory) {
@@ -170,8 +176,8 @@ __device__ __forceinline__ void add_values(Sums& sums, const Scores& p, u32 valu
     }
 }
 
-// Hides the keys after each query's own; last: the last key that the warp's first row sees.
-__device__ __forceinline__ void mask(Scores& c, int first_key, int last, int lane) {
+// Hides the keys after those that each query sees; position: of the warp's first row.
+__device__ __forceinline__ void mask(Scores& c, int first_key, int position, int lane) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -180,7 +186,7 @@ __device__ __forceinline__ void mask(Scores& c, int first_key, int last, int lan
             for (int e = 0; e < 4; ++e) {
                 const int row = 16 * r + lane / 4 + e / 2 * 8;
                 const int key = first_key + 8 * j + lane % 4 * 2 + e % 2;
-                if (key > last + row) c[r][j][e] = -infinity();
+                if (key > last_key(position + row)) c[r][j][e] = -infinity();
             }
 }
 
@@ -220,10 +226,10 @@ __device__ __forceinline__ void raise_maximum(Sums& sums, const Scores& c, float
 }
 
 __device__ __forceinline__ void add_tile(Sums& sums, u32 queries, u32 keys, u32 values,
-                                         int first_key, int last, int lane, float scale) {
+                                         int first_key, int position, int lane, float scale) {
     Scores c = {};
     multiply_keys(c, queries, keys, lane);
-    if (first_key + kKeys - 1 > last) mask(c, first_key, last, lane);
+    if (first_key + kKeys - 1 > last_key(position)) mask(c, first_key, position, lane);
     raise_maximum(sums, c, scale);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
@@ -248,12 +254,19 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& su
             weight += __shfl_xor_sync(~0u, weight, 2);
             const int row = w.first_row + (warp * kRowTiles + r) * 16 + lane / 4 + 8 * h;
             if (row >= w.rows) continue;
+            const bool blind = CLOSED && last_key(w.position(row)) < 0;
             const float factor = 1.f / weight;
-            u16* to = a.out + (size_t(w.start + row) * a.heads + w.head) * HEAD_DIM + lane % 4 * 2;
+            const size_t at = size_t(w.start + row) * a.heads + w.head;
+            u16* to = a.out + at * HEAD_DIM + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kDimTiles; ++j)
-                *reinterpret_cast<u32*>(to + 8 * j) = activation_pair(
-                    sums.o[r][j][2 * h] * factor, sums.o[r][j][2 * h + 1] * factor);
+                *reinterpret_cast<u32*>(to + 8 * j) =
+                    blind ? 0u : activation_pair(sums.o[r][j][2 * h] * factor,
+                                                 sums.o[r][j][2 * h + 1] * factor);
+#if PARTIAL
+            if (lane % 4 == 0)
+                a.logs[at] = blind ? -infinity() : natural_log(sums.most[r][h], weight);
+#endif
         }
 }
 
@@ -265,15 +278,16 @@ attention_prefill(const __grid_constant__ Args a) {
     const Work w(a);
     if (w.first_row >= w.rows || w.rows == 1) return;  // single tokens: attention_decode.cu
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    Sums sums = {};
+    if (CLOSED && w.visible == 0) return write_out(a, w, sums, warp, lane);
     const u32 base = shared_address(memory);
     load_queries(a, w, base, memory);
     load_tile(a, w, 0, base + (kCodes ? kCodesAt : kQueryBytes));
     commit_copies();
 
-    Sums sums = {};
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) sums.most[r][0] = sums.most[r][1] = -infinity();
-    const int last = w.length - w.rows + w.first_row + warp * (kRowTiles * 16);
+    for (int r = 0; r < kRowTiles; ++r) sums.most[r][0] = sums.most[r][1] = least_maximum();
+    const int position = w.position(w.first_row + warp * (kRowTiles * 16));
     const int tiles = (w.visible + kKeys - 1) / kKeys;
     for (int tile = 0; tile < tiles; ++tile) {
         const int buffer = kCodes ? 0 : tile % 2;
@@ -286,10 +300,11 @@ attention_prefill(const __grid_constant__ Args a) {
         const u32 next = kCodes ? kCodesAt : kQueryBytes + (1 - buffer) * 2 * kTileBytes;
         if (tile + 1 < tiles) load_tile(a, w, tile + 1, base + next);
         commit_copies();
-        if (tile * kKeys > last + kRowTiles * 16 - 1) continue;  // nothing that this warp sees
+        // Nothing that this warp sees?
+        if (tile * kKeys > last_key(position + kRowTiles * 16 - 1)) continue;
         const u32 keys = base + kQueryBytes + buffer * 2 * kTileBytes;
         add_tile(sums, base + warp * (kRowTiles * 16) * kStride, keys, keys + kTileBytes,
-                 tile * kKeys, last, lane, a.scale);
+                 tile * kKeys, position, lane, a.scale);
     }
     write_out(a, w, sums, warp, lane);
 }

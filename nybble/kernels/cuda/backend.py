@@ -68,6 +68,18 @@ class CudaBackend:
     ) -> torch.Tensor:
         return self._attention(q, layer, batch, scale)
 
+    def partial_attention(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._attention.partial(q, layer, batch, scale, closed=closed)
+
+    def merge_attention(
+        self,
+        first: tuple[torch.Tensor, torch.Tensor],
+        second: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        return self._rows.merge_attention(first, second)
+
     def choose(self, matrix: QuantMatrix) -> Choice:
         reason = refusal(matrix)
         return (

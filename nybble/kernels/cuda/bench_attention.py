@@ -10,13 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
+from nybble.kernels import open_pages
+from nybble.kernels.backend import (
+    KV_DTYPES,
+    Batch,
+    KVLayer,
+    OpenStep,
+    scales_shape,
+    stored_width,
+)
 from nybble.kernels.cuda.attention import KINDS, PagedAttention
+from nybble.kernels.cuda.backend import CudaBackend
 from nybble.kernels.cuda.bench import read_ceiling, seconds
 from nybble.kernels.cuda.rows import RowKernels
 
@@ -111,6 +121,55 @@ def prefill_row(attention: PagedAttention, kind: str, new: int, length: int) -> 
     }
 
 
+def open_pages_rows(backend: CudaBackend, sequences: int, new: int, length: int) -> Iterator[Row]:
+    """An int4 cache's writes and attention: the codes alone, then as it runs, with open pages.
+
+    new: 1, or whole pages, as is what stands before them.
+    """
+    device = backend.device
+    batch = batch_of(sequences, new, length, device)
+    if new == 1:
+        open_batch = batch_of(sequences, 1, (length - 1) % PAGE + 1, device)
+    else:
+        open_batch = batch_of(sequences * new // PAGE, PAGE, PAGE, device)
+    batch = replace(batch, open_step=OpenStep(open_batch))
+    shape = (2, open_batch.pages.numel(), HEADS, PAGE, HEAD_DIM)
+
+    def seats() -> KVLayer:
+        return KVLayer("float16", *torch.randn(shape, device=device, dtype=torch.float16))
+
+    layers = random_layers("int4", batch.pages.numel(), device)
+    layers = [replace(layer, seats=seats()) for layer in layers[: None if new == 1 else 1]]
+    tokens = sequences * new
+    qkv = torch.randn(tokens, 3 * HEADS, HEAD_DIM, device=device).to(backend.dtype)
+    q, k, v = torch.split(qkv, HEADS, dim=1)
+    cos, sin = torch.rand(2, tokens, HEAD_DIM // 2, device=device)
+
+    def codes_alone(layer: KVLayer) -> object:
+        turned = backend.rope_store(q, k, v, cos, sin, layer, batch)
+        return backend.attention(turned, layer, batch, 0.09)
+
+    def as_it_runs(layer: KVLayer) -> object:
+        return open_pages.attention(backend, (q, k, v), (cos, sin), layer, batch, 0.09)
+
+    for name, one in (("codes alone", codes_alone), ("open pages", as_it_runs)):
+        taken = seconds(partial(_each, one, layers), replays=5) / len(layers)
+        print(f"int4 {name:11} {sequences:3} x {new} of {length} {taken * 1e6:8.1f} us", flush=True)
+        yield {
+            "operation": f"step, {name}",
+            "kind": "int4",
+            "sequences": sequences,
+            "new": new,
+            "keys": length,
+            "seconds": taken,
+        }
+
+
+def _each(run: Callable[[KVLayer], object], layers: Sequence[KVLayer]) -> None:
+    for layer in layers:
+        run(layer)
+
+
 def sdpa_rows(tokens: int, device: torch.device) -> Iterator[Row]:
     """torch's own kernels on contiguous fp16 tensors, without pages: what else there is."""
     q, k, v = torch.randn(3, 1, HEADS, tokens, HEAD_DIM, device=device, dtype=torch.float16)
@@ -175,6 +234,12 @@ def run(contexts: Sequence[int]) -> list[Row]:
             prefill_row(attention, kind, 6144, 6144),
             prefill_row(attention, kind, 2048, 14336),
         ]
+    backend = CudaBackend(device)
+    for length in contexts:
+        rows += open_pages_rows(backend, 1, 1, length)
+    rows += open_pages_rows(backend, 16, 1, 1024)
+    for new, length in ((6144, 6144), (2048, 14336)):
+        rows += open_pages_rows(backend, 1, new, length)
     return [*rows, *sdpa_rows(6144, device), *small_rows(device)]
 
 

@@ -1,4 +1,5 @@
-// Operations on one row at a time: RMSNorm (Zhang and Sennrich 2019), SiLU times up, embedding.
+// Operations on one row at a time: RMSNorm (Zhang and Sennrich 2019), SiLU times up, embedding, and
+// what two parts of attention are together.
 //
 // Macros beside that of numbers.cuh: THREADS (of a row), ROWS (of a block), ROUNDS (of THREADS
 // times eight numbers: a row that is normalised has at most so many, and is read once).
@@ -94,5 +95,28 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) silu_mul(const __gri
     const Eight up = load_eight(gate + a.width);
 #pragma unroll
     for (int j = 0; j < 8; ++j) e.x[j] = e.x[j] / (1.f + __expf(-e.x[j])) * up.x[j];
+    store_eight(a.y + 8 * i, e);
+}
+
+struct MergeArgs {
+    const u16 *a, *b;              // (rows, dim), a row being a head of a token
+    const float *a_logs, *b_logs;  // (rows,): ln of what each was divided by; a's may be -inf
+    u16* y;                        // (rows, dim)
+    long count;                    // of groups of 8 elements of y
+    int dim;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS* ROWS)
+merge_attention(const __grid_constant__ MergeArgs a) {
+    let_next_kernel_start();
+    const long i = long(blockIdx.x) * THREADS * ROWS + threadIdx.x;
+    wait_for_previous_kernel();
+    if (i >= a.count) return;
+    const long row = i / (a.dim / 8);
+    const float share = 1.f / (1.f + __expf(a.a_logs[row] - a.b_logs[row]));  // of b
+    Eight e = load_eight(a.a + 8 * i);
+    const Eight other = load_eight(a.b + 8 * i);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) e.x[j] += (other.x[j] - e.x[j]) * share;
     store_eight(a.y + 8 * i, e);
 }

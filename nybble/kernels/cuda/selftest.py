@@ -5,14 +5,23 @@ A wrong driver, compiler or GPU is found here, in milliseconds, and not in an an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from nybble.config import ModelConfig, QuantConfig
 from nybble.errors import ConfigError
-from nybble.kernels import ref_cache
-from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
+from nybble.kernels import open_pages, ref_cache
+from nybble.kernels.backend import (
+    KV_DTYPES,
+    Backend,
+    Batch,
+    KVLayer,
+    OpenStep,
+    scales_shape,
+    stored_width,
+)
 from nybble.kernels.cuda.backend import CudaBackend
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.matrix import QuantMatrix
@@ -21,7 +30,10 @@ from nybble.kernels.ref import RefBackend
 _TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 _REGIMES = (1, 12, 48, 100, 1100)  # tokens: one for each kind of matrix kernel
 _INPUTS, _OUTPUTS = 1024, 256
-_LENGTH, _PROMPT = 150, 70  # keys of either sequence; new tokens of the second one
+Spans = Sequence[tuple[int, int]]  # positions of each sequence's new tokens: first, last + 1
+_LENGTH = 150  # keys of either sequence in the end
+# Two prompts; then a token of one sequence beside a prompt of the other.
+_STEPS: tuple[Spans, ...] = (((0, 149), (0, 80)), ((149, _LENGTH), (80, _LENGTH)))
 
 
 @dataclass(frozen=True)
@@ -89,56 +101,97 @@ def _check_rows(
 def _check_attention(
     backend: CudaBackend, reference: RefBackend, shape: Shape, random: torch.Generator
 ) -> None:
-    """One sequence decodes a token, the other reads a prompt; then both decode."""
-    batch, before = _batch(backend.device, shape.page_size)
-    cache, expected = (_layer(backend.device, shape, before) for _ in range(2))
-    for step in (before, batch):
-        tokens = len(step.slots)
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        qkv = _normal(backend, random, tokens, heads, shape.head_dim)
-        q, k, v = torch.split(qkv, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        angles = torch.rand(
-            tokens, shape.head_dim // 2, device=backend.device, generator=random
-        ).mul_(6)
-        rotary = (angles.cos(), angles.sin())
-        turned = backend.rope_store(q, k, v, *rotary, cache, step)
-        want = reference.rope_store(q, k, v, *rotary, expected, step)
+    """Each step as it is with one kind of pages, then as an int4 cache takes it."""
+    table = _table(backend.device, len(_STEPS[0]), -(-_LENGTH // shape.page_size))
+    cache, expected = (_layer(backend.device, shape, table.numel()) for _ in range(2))
+    scale = shape.head_dim**-0.5
+    for spans in _STEPS:
+        step = _batch(table, spans, shape.page_size)
+        qkv, rotary = _inputs(backend, shape, len(step.slots), random)
+        turned = backend.rope_store(*qkv, *rotary, cache, step)
+        want = reference.rope_store(*qkv, *rotary, expected, step)
         _compare("rope_store", turned, want)
-        scale = shape.head_dim**-0.5
         got = backend.attention(turned, cache, step, scale)
         want = reference.attention(turned, cache, step, scale)
         _compare(f"attention ({shape.kv_kind} cache)", got, want)
     _compare_caches(cache, expected)
+    if shape.kv_kind == "int4":
+        for spans in _STEPS:
+            step = _batch(table, spans, shape.page_size)
+            _check_open_pages(backend, reference, shape, cache, step, spans, random)
 
 
-def _batch(device: torch.device, page_size: int) -> tuple[Batch, Batch]:
-    """The second step: a token of one sequence, a prompt of the other; the first: all before it."""
-    pages = -(-_LENGTH // page_size)
-    table = torch.arange(2 * pages, dtype=torch.int32, device=device).view(2, pages).flip(1)
-
-    def step(first: tuple[int, int], last: tuple[int, int]) -> Batch:
-        slots, starts = [], [0]
-        for s in range(2):
-            position = torch.arange(first[s], last[s], device=device)
-            page = table[s].long()[position // page_size]
-            slots.append((page * page_size + position % page_size).int())
-            starts.append(starts[-1] + last[s] - first[s])
-        return Batch(
-            slots=torch.cat(slots),
-            pages=table,
-            starts=torch.tensor(starts, dtype=torch.int32, device=device),
-            lengths=torch.tensor(last, dtype=torch.int32, device=device),
-            max_query=max(b - a for a, b in zip(first, last, strict=True)),
-            max_length=max(last),
+def _check_open_pages(
+    backend: CudaBackend,
+    reference: RefBackend,
+    shape: Shape,
+    cache: KVLayer,
+    batch: Batch,
+    spans: Spans,
+    random: torch.Generator,
+) -> None:
+    """Seats stand for all pages in 16 bits; what they held before the step is random."""
+    size = shape.page_size
+    stretches = [
+        (max(begin, page) - page, min(end, page + size) - page)
+        for begin, end in spans
+        for page in range(begin // size * size, end, size)
+    ]
+    table = _table(backend.device, len(stretches), 1)
+    batch = replace(batch, open_step=OpenStep(_batch(table, stretches, size)))
+    slots = (2, len(stretches), shape.num_kv_heads, size, shape.head_dim)
+    held = _normal(backend, random, *slots).half()
+    seats = [KVLayer("float16", *held.clone()) for _ in range(2)]
+    qkv, rotary = _inputs(backend, shape, len(batch.slots), random)
+    kernels: tuple[Backend, Backend] = (backend, reference)
+    got, want = (
+        open_pages.attention(
+            one, qkv, rotary, replace(cache, seats=pages), batch, shape.head_dim**-0.5
         )
+        for one, pages in zip(kernels, seats, strict=True)
+    )
+    _compare("attention (int4 cache, open pages)", got, want)
+    _compare_caches(*seats)
 
-    split = (_LENGTH - 1, _LENGTH - _PROMPT)
-    return step(split, (_LENGTH, _LENGTH)), step((0, 0), split)
+
+def _inputs(
+    backend: CudaBackend, shape: Shape, tokens: int, random: torch.Generator
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values as one product gives them; cosines and sines."""
+    heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+    qkv = _normal(backend, random, tokens, sum(heads), shape.head_dim)
+    q, k, v = torch.split(qkv, heads, dim=1)
+    size = (tokens, shape.head_dim // 2)
+    angles = torch.rand(size, device=backend.device, generator=random).mul_(6)
+    return (q, k, v), (angles.cos(), angles.sin())
 
 
-def _layer(device: torch.device, shape: Shape, batch: Batch) -> KVLayer:
+def _table(device: torch.device, sequences: int, pages: int) -> torch.Tensor:
+    """Pages for each sequence, in no plain order."""
+    count = sequences * pages
+    return torch.arange(count, dtype=torch.int32, device=device).view(sequences, pages).flip(1)
+
+
+def _batch(table: torch.Tensor, spans: Spans, page_size: int) -> Batch:
+    slots, starts = [], [0]
+    for pages, (begin, end) in zip(table.long(), spans, strict=True):
+        position = torch.arange(begin, end, device=table.device)
+        slots.append((pages[position // page_size] * page_size + position % page_size).int())
+        starts.append(starts[-1] + end - begin)
+    ends = [end for _, end in spans]
+    return Batch(
+        slots=torch.cat(slots),
+        pages=table,
+        starts=torch.tensor(starts, dtype=torch.int32, device=table.device),
+        lengths=torch.tensor(ends, dtype=torch.int32, device=table.device),
+        max_query=max(end - begin for begin, end in spans),
+        max_length=max(ends),
+    )
+
+
+def _layer(device: torch.device, shape: Shape, pages: int) -> KVLayer:
     """An empty cache; what no step writes is NaN, or at least codes that mean nothing."""
-    slots = torch.Size((batch.pages.numel(), shape.num_kv_heads, shape.page_size))
+    slots = torch.Size((pages, shape.num_kv_heads, shape.page_size))
     width = stored_width(shape.kv_kind, shape.head_dim)
     dtype = KV_DTYPES[shape.kv_kind]
     fill = torch.nan if dtype.is_floating_point else 77

@@ -50,13 +50,16 @@ def mixed_requests(count, longest=150):
     ]
 
 
+@pytest.mark.parametrize("kind", ["float32", "int4"])
 @pytest.mark.parametrize("name", ["qwen1-plain", "qwen1-ntk-logn"])
-def test_a_batch_gives_each_the_answer_it_would_get_alone(make_engine, data, name):
+def test_a_batch_gives_each_the_answer_it_would_get_alone(make_engine, data, name, kind):
     """Greedy and seeded, long and short prompts, on different NTK bases."""
     requests = mixed_requests(12)
-    alone = make_engine(data / name, max_context=400, share_prefixes=False)
+    options = {"max_context": 400, "kv_dtype": kind}
+    alone = make_engine(data / name, share_prefixes=False, **options)
     expected = [run_all(alone, [request])[0] for request in requests]
-    engine = make_engine(data / name, max_context=400, max_running=8, prefill_chunk=96)
+    engine = make_engine(data / name, max_running=8, prefill_chunk=96, **options)
+    assert engine.max_running == 8
     assert run_all(engine, requests) == expected
     assert run_all(engine, requests[::-1]) == expected[::-1]  # now with reused prefixes
 
@@ -72,6 +75,15 @@ def test_preemption_changes_no_answer(make_engine, data):
     assert tight.scheduler.preemptions > 0
 
 
+def test_four_bits_run_as_many_as_they_have_seats_for(make_engine, data):
+    requests = mixed_requests(6)
+    options = {"max_context": 400, "kv_dtype": "int4"}
+    expected = run_all(make_engine(data / "qwen1-plain", **options), requests)
+    engine = make_engine(data / "qwen1-plain", cache_tokens=2 * 2048, **options)
+    assert engine.max_running == 2
+    assert run_all(engine, requests) == expected
+
+
 def test_a_cache_smaller_than_the_context_bounds_the_context(make_engine, data):
     engine = make_engine(data / "qwen1-plain", max_context=1000, cache_tokens=64)
     assert engine.max_context == 64
@@ -80,10 +92,12 @@ def test_a_cache_smaller_than_the_context_bounds_the_context(make_engine, data):
     assert generation.finish_reason == "length"
 
 
-def test_a_shared_prefix_is_computed_once_and_changes_nothing(make_engine, data):
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(make_engine, data, kind):
     requests = [([*PREFIX, number], GREEDY) for number in range(6)]
-    plain = make_engine(data / "qwen1-plain", max_context=400, share_prefixes=False)
-    sharing = make_engine(data / "qwen1-plain", max_context=400)
+    options = {"max_context": 400, "kv_dtype": kind}
+    plain = make_engine(data / "qwen1-plain", share_prefixes=False, **options)
+    sharing = make_engine(data / "qwen1-plain", **options)
     assert run_all(sharing, requests) == run_all(plain, requests)
     assert plain.counters.reused_tokens == 0
     assert sharing.counters.reused_tokens == 5 * 192  # three pages, computed by the first

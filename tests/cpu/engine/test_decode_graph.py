@@ -28,8 +28,10 @@ class EagerGraph(DecodeGraph):
 def with_graphs(engine):
     """The engine as it is on a GPU: a whole store, a scratch page, graphs for decoding."""
     runner, store = engine._runner, engine._runner._store
-    runner._store = KVStore(store.config, store.kind, runner.num_pages + 1, store.device)
-    graphs = DecodeGraphs(engine.decoder, runner._store, runner.num_pages, EagerGraph)
+    pages, seats = runner.num_pages + 1, store.seats + 1
+    runner._store = KVStore(store.config, store.kind, pages, store.device, seats=seats)
+    unowned = runner.num_pages, store.seats
+    graphs = DecodeGraphs(engine.decoder, runner._store, *unowned, graph_type=EagerGraph)
     runner._graphs = graphs
     return engine
 
@@ -43,10 +45,11 @@ def answers(engine):
     return [[token.id for token in request.news] for request in requests]
 
 
+@pytest.mark.parametrize("kind", ["float32", "int4"])
 @pytest.mark.parametrize("name", ["llama", "qwen1-ntk-logn"])
-def test_graphs_decode_what_eager_steps_decode(make_engine, data, tmp_path, name):
+def test_graphs_decode_what_eager_steps_decode(make_engine, data, tmp_path, name, kind):
     folder = toy.write_llama(tmp_path) if name == "llama" else data / name
-    options = {"max_context": 250, "cache_tokens": 1024}
+    options = {"max_context": 250, "cache_tokens": 10240, "kv_dtype": kind}
     expected = answers(make_engine(folder, **options))
     engine = with_graphs(make_engine(folder, **options))
     assert answers(engine) == expected

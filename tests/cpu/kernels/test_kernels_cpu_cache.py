@@ -12,7 +12,7 @@ from paged import copy_layer, fill, make_batch, make_layer, whole
 
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels import ref_cache
-from nybble.kernels.backend import KV_DTYPES
+from nybble.kernels.backend import KV_DTYPES, Batch
 
 relaxed = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -28,6 +28,26 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def every_form(backend, *arguments):
+    """What attention and both partial attentions say, side by side: (tokens, n)."""
+    parts = [backend.partial_attention(*arguments, closed=closed) for closed in (False, True)]
+    return torch.cat((backend.attention(*arguments), *parts[0], *parts[1]), 1)
+
+
+def stretches(batch, page_size):
+    """The new tokens of a batch, cut where a page ends: each cut a sequence of one page."""
+    cuts = []  # (page, keys, new tokens)
+    for s, length in enumerate(batch.lengths.tolist()):
+        new = int(batch.starts[s + 1] - batch.starts[s])
+        for page, start in enumerate(range(0, length, page_size)):
+            keys = min(page_size, length - start)
+            if start + keys > length - new:
+                cuts.append((batch.pages[s, page], keys, min(keys, start + keys - length + new)))
+    pages, keys, new = (torch.tensor(part, dtype=torch.int32) for part in zip(*cuts, strict=True))
+    starts = torch.cat((new.new_zeros(1), new.cumsum(0))).int()
+    return Batch(batch.slots, pages[:, None], starts, keys, int(new.max()), page_size)
 
 
 def read(layer, part):
@@ -127,8 +147,85 @@ def test_attention(cpu, ref, sequences, dim, kv_heads, group, page_size, kind):
     layer = make_layer(kind, pages, kv_heads, dim, page_size)
     fill(ref, layer, every, *torch.randn(2, int(every.starts[-1]), kv_heads, dim))
     q = torch.randn(sum(new), kv_heads * group, dim)
-    got = cpu.attention(q, layer, batch, dim**-0.5)
-    torch.testing.assert_close(got, ref.attention(q, layer, batch, dim**-0.5), atol=1e-5, rtol=1e-5)
+    got, expected = (every_form(backend, q, layer, batch, dim**-0.5) for backend in (cpu, ref))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@relaxed
+@given(
+    sequences=st.lists(
+        st.tuples(st.one_of(st.just(1), st.integers(1, 150)), st.integers(0, 300)),
+        min_size=1,
+        max_size=4,
+    ),
+    dim=st.sampled_from([16, 24, 64]),
+    group=st.integers(1, 3),
+    page_size=st.sampled_from([32, 64]),
+    kind=kinds,
+)
+def test_parts_make_a_whole(cpu, ref, sequences, dim, group, page_size, kind):
+    """The pages before a token's own as they are, and its own as a sequence of one page."""
+    new, past = zip(*sequences, strict=True)
+    batch, pages = make_batch(new, past, page_size)
+    every, own = whole(batch, page_size), stretches(batch, page_size)
+    layer = make_layer(kind, pages, 2, dim, page_size)
+    fill(ref, layer, every, *torch.randn(2, int(every.starts[-1]), 2, dim))
+    q = torch.randn(sum(new), 2 * group, dim)
+    before = cpu.partial_attention(q, layer, batch, dim**-0.5, closed=True)
+    last = cpu.partial_attention(q, layer, own, dim**-0.5, closed=False)
+    got, expected = cpu.merge_attention(before, last), ref.attention(q, layer, batch, dim**-0.5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, ref.merge_attention(before, last), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("page_size", [32, 64])
+def test_partial_attention_of_long_rows(cpu, ref, threads, page_size, group, kind):
+    """Few rows over many keys are cut into pieces, one thread or several: on both sides of a page's
+    end, beside prompts and beside a row that sees nothing."""
+    for new, past in (([1], [1999]), ([3, 1, 100], [1022, 900, 64]), ([5, 1], [1500, 0])):
+        batch, pages = make_batch(new, past, page_size)
+        every, layer = whole(batch, page_size), make_layer(kind, pages, page_size=page_size)
+        fill(ref, layer, every, *torch.randn(2, int(every.starts[-1]), 2, 64))
+        q = torch.randn(sum(new), 2 * group, 64)
+        got, expected = (every_form(backend, q, layer, batch, 0.125) for backend in (cpu, ref))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("new", "past"), [([70], [0]), ([2, 600], [255, 0]), ([256, 1], [0, 30])])
+def test_a_row_without_keys_gives_nothing(native, threads, new, past, kind):
+    """Even if other rows see a NaN; pages so large that the pieces of long rows come into it."""
+    page_size = 256 if sum(new) > 100 else 32
+    batch, pages = make_batch(new, past, page_size)
+    every, layer = whole(batch, page_size), make_layer(kind, pages, page_size=page_size)
+    k, v = torch.randn(2, int(every.starts[-1]), 2, 64)
+    v[every.starts[:-1].long()] = torch.nan
+    fill(native, layer, every, k, v)
+    q = torch.randn(sum(new), 6, 64)
+    out, sums = native.partial_attention(q, layer, batch, 0.125, closed=True)
+    positions = torch.cat([torch.arange(p, p + n) for n, p in zip(new, past, strict=True)])
+    none = positions < page_size
+    assert not out[none].any()
+    assert torch.equal(sums[none], torch.full_like(sums[none], -torch.inf))
+    assert not out[~none].isfinite().any()
+    assert sums[~none].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new", [1, 30, 64])
+def test_closed_attention_reads_no_page_that_no_row_sees(native, threads, new, kind):
+    """The values of the rows' own page are NaN, which shows even with a weight of 0."""
+    batch, pages = make_batch([new], [640 - new], 64)
+    layer = make_layer(kind, pages, page_size=64)
+    k, v = torch.randn(2, 640, 2, 64)
+    v[576:] = torch.nan
+    fill(native, layer, whole(batch, 64), k, v)
+    q = torch.randn(new, 6, 64)
+    out, sums = native.partial_attention(q, layer, batch, 0.125, closed=True)
+    assert out.isfinite().all()
+    assert sums.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,13 +237,13 @@ def test_a_row_does_not_depend_on_its_batch(native, threads, group, kind):
     layer = make_layer(kind, pages, kv_heads)
     fill(native, layer, batch, *torch.randn(2, sum(lengths), kv_heads, 64))
     q = torch.randn(sum(lengths), kv_heads * group, 64)
-    full = native.attention(q, layer, batch, 0.125)
+    full = every_form(native, q, layer, batch, 0.125)
     for last in ([1, 1, 1, 1], [3, 150, 1, 1], [1, 40, 1, 90]):
         past = [length - n for length, n in zip(lengths, last, strict=True)]
         step, _ = make_batch(last, past)
         stops = batch.starts[1:].tolist()
         rows = torch.cat([torch.arange(s - n, s) for s, n in zip(stops, last, strict=True)])
-        got = native.attention(q[rows], layer, step, 0.125)
+        got = every_form(native, q[rows], layer, step, 0.125)
         assert torch.equal(got, full[rows])
         for s, n in enumerate(last):
             alone = replace(
@@ -156,7 +253,57 @@ def test_a_row_does_not_depend_on_its_batch(native, threads, group, kind):
                 lengths=step.lengths[s : s + 1],
             )
             mine = rows[sum(last[:s]) : sum(last[: s + 1])]
-            assert torch.equal(native.attention(q[mine], layer, alone, 0.125), full[mine])
+            assert torch.equal(every_form(native, q[mine], layer, alone, 0.125), full[mine])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_change_a_bit(native, threads, kind):
+    batch, pages = make_batch([1, 3, 200], [1500, 700, 10], 64)
+    every, layer = whole(batch, 64), make_layer(kind, pages, page_size=64)
+    fill(native, layer, every, *torch.randn(2, int(every.starts[-1]), 2, 64))
+    q = torch.randn(204, 6, 64)
+    got = every_form(native, q, layer, batch, 0.125)
+    torch.set_num_threads(2)
+    assert torch.equal(got, every_form(native, q, layer, batch, 0.125))
+
+
+def random_parts(tokens, heads, dim):
+    """Two partial attentions; the first of every third token saw nothing."""
+    parts = [(torch.randn(tokens, heads * dim), 9 * torch.randn(tokens, heads)) for _ in "ab"]
+    parts[0][0][::3], parts[0][1][::3] = 0, -torch.inf
+    return parts
+
+
+@pytest.mark.parametrize("dim", [16, 24, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 90])
+def test_merge_attention(cpu, ref, tokens, dim):
+    parts = random_parts(tokens, 3, dim)
+    got = cpu.merge_attention(*parts)
+    torch.testing.assert_close(got, ref.merge_attention(*parts), atol=1e-6, rtol=1e-5)
+    assert torch.equal(got[::3], parts[1][0][::3])
+
+
+def test_a_merged_row_does_not_depend_on_its_batch(native, threads):
+    parts = random_parts(300, 9, 64)
+    full = native.merge_attention(*parts)
+    for rows in (slice(1), slice(4, 5), slice(7, 20), slice(299, None), slice(0, 300, 7)):
+        some = [(out[rows], sums[rows]) for out, sums in parts]
+        assert torch.equal(native.merge_attention(*some), full[rows])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", [0, 1])
+def test_merge_attention_shows_bad_values(cpu, part, bad):
+    """Also where the other part outweighs it beyond fp32."""
+    for gap in (-200.0, 0.0, 200.0):
+        parts = random_parts(2, 3, 64)
+        parts[0][1][1], parts[1][1][1] = gap, 0
+        parts[part][0][1, 70] = bad
+        merged = cpu.merge_attention(*parts)
+        assert not merged[1, 70].isfinite()
+        assert merged[1, :70].isfinite().all()
+        parts[part][1][1, 0] = torch.nan
+        assert cpu.merge_attention(*parts)[1, :64].isnan().all()
 
 
 def test_attention_over_extreme_scores(cpu, ref):
@@ -173,6 +320,21 @@ def test_attention_over_extreme_scores(cpu, ref):
     torch.testing.assert_close(cpu.attention(far, layer, one, 1.0), v.mean(0))
 
 
+@pytest.mark.parametrize("size", [1e30, -1e30])
+def test_scores_beyond_fp32_are_no_numbers(cpu, ref, size):
+    """Whatever their sign: where all are -inf, their sum is that of a row without keys."""
+    batch, pages = make_batch([2], [98])
+    layer, far = make_layer("float32", pages, 1), torch.full((100, 1, 64), 1e30)
+    fill(ref, layer, whole(batch), far, far)
+    q = torch.full((2, 1, 64), size)
+    for backend in (cpu, ref):
+        for closed in (False, True):
+            out, sums = backend.partial_attention(q, layer, batch, 1.0, closed=closed)
+            assert out.isnan().all()
+            assert not sums.isfinite().any()
+        assert backend.attention(q, layer, batch, 1.0).isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["float32", "int8", "int6", "int4"])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -185,6 +347,9 @@ def test_attention_shows_bad_values(cpu, where, bad, tokens, kind):
     layer = make_layer(kind, pages, 1)
     fill(cpu, layer, whole(batch), k, v)
     assert not torch.isfinite(cpu.attention(q, layer, batch, 0.1)[0]).all()
+    for closed in (False, True):
+        out, _ = cpu.partial_attention(q, layer, batch, 0.1, closed=closed)
+        assert not torch.isfinite(out[0]).all()
 
 
 def test_a_bad_sequence_harms_no_other(native):
@@ -212,10 +377,24 @@ def test_attention_refuses_what_does_not_fit(native):
         native.attention(q, layer, replace(batch, lengths=batch.lengths - 91), 1.0)
     with pytest.raises(ConfigError, match="own row and key"):
         native.attention(q[:4], layer, batch, 1.0)
+    longer = replace(batch, lengths=batch.lengths + 32)
+    for closed in (False, True):
+        with pytest.raises(CapacityError, match="not in the cache"):
+            native.partial_attention(q, layer, longer, 1.0, closed=closed)
     with pytest.raises(ConfigError, match="multiple of 2"):
         native.attention(q[:, :3], layer, batch, 1.0)
     with pytest.raises(ConfigError, match="heads of 32"):
         native.attention(q, make_layer("float32", pages, dim=32), batch, 1.0)
+
+
+def test_merge_attention_refuses_what_does_not_fit(native):
+    first, second = random_parts(3, 2, 64)
+    with pytest.raises(ConfigError, match="same rows"):
+        native.merge_attention(first, (second[0][:2], second[1]))
+    with pytest.raises(ConfigError, match="same rows"):
+        native.merge_attention((first[0], first[1][:2]), second)
+    with pytest.raises(ConfigError, match="rows of 128"):
+        native.merge_attention(first, (second[0][:, :64], second[1]))
 
 
 def test_rope_store_refuses_what_does_not_fit(native):
