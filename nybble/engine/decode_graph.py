@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ class DecodeGraph:
 
     positions: factors by row; a sequence's position p has row first_rows + p. max_length bounds
     the keys while this graph is used. scratch_page, scratch_seat: of the store and owned by nobody,
-    for the writes of rows without a sequence. Whoever samples otherwise than greedily reads
+    for the writes of rows without a sequence. pool: of memory, shared with graphs that run at
+    other times. Whoever samples otherwise than greedily reads
     `logits` and loads other ids before the next replay.
 
     Buffers on the device, set by `load`: ids int64 (sequences,), the tokens to feed next; int32
@@ -39,6 +41,7 @@ class DecodeGraph:
         max_length: int,
         scratch_page: int,
         scratch_seat: int = 0,
+        pool: Any = None,
     ) -> None:
         device = decoder.backend.device
         pages = -(-max_length // store.page_size)
@@ -50,6 +53,7 @@ class DecodeGraph:
         self.seats = torch.full((sequences,), scratch_seat, dtype=torch.int32, device=device)
         self.pages = torch.full((sequences, pages), scratch_page, dtype=torch.int32, device=device)
         self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        self._pool = pool
         self.logits = self._captured()
 
     @torch.inference_mode()
@@ -85,7 +89,7 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(side)
         self.lengths.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=self._pool):
             return self._step()
 
     @torch.inference_mode()
@@ -135,6 +139,8 @@ class DecodeGraphs:
         self.decoder, self.store = decoder, store
         self.scratch_page, self.scratch_seat = scratch_page, scratch_seat
         self._graph_type = graph_type
+        on_gpu = decoder.backend.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._positions: Positions | None = None
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
 
@@ -171,7 +177,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             free = self.scratch_page, self.scratch_seat
             self._graphs[key] = self._graph_type(
-                self.decoder, self.store, positions, sequences, length, *free
+                self.decoder, self.store, positions, sequences, length, *free, self._pool
             )
         return self._graphs[key]
 
