@@ -11,6 +11,7 @@ from nybble.config import ModelConfig, QuantConfig, RopeConfig
 from nybble.errors import ConfigError
 from nybble.kernels.backend import Backend, LinearFn
 from nybble.kernels.cuda.samples import random_matrix
+from nybble.kernels.matrix import QuantMatrix
 from nybble.model.decoder import Decoder, Layer
 
 _GROUP_SIZE = 128
@@ -45,35 +46,35 @@ SHAPES: Mapping[str, ModelConfig] = {
 
 
 @dataclass
-class _Draw:
+class Draw:
     """Random weights whose products keep the size of their inputs, so that nothing overflows."""
 
     backend: Backend
     random: torch.Generator
 
-    def floats(self, rows: int, columns: int) -> torch.Tensor:
+    def table(self, rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
         out = torch.empty(rows, columns, dtype=torch.float16, device=self.backend.device)
-        return out.normal_(generator=self.random)
+        return out.normal_(generator=self.random).mul_(scale)
 
     def norm(self, size: int) -> torch.Tensor:
         return torch.ones(size, dtype=self.backend.dtype, device=self.backend.device)
 
-    def linear(
-        self, inputs: int, outputs: int, biased: bool = False, paired: bool = False
-    ) -> LinearFn:
+    def matrix(self, inputs: int, outputs: int) -> QuantMatrix:
         # Uniform codes of 4 bits have a standard deviation of 4.6.
+        scale = inputs**-0.5 / 4.6
         matrix = random_matrix(
-            inputs,
-            outputs,
-            group_size=_GROUP_SIZE,
-            scale=inputs**-0.5 / 4.6,
-            random=self.random,
+            inputs, outputs, group_size=_GROUP_SIZE, scale=scale, random=self.random
         )
         # Codes of 0 to 15 less 8 average -0.5. Under scales of either sign the weights average 0;
         # otherwise every product adds to one direction, and layer 36 of the 72B overflows.
         sign = torch.randint(0, 2, matrix.scales.shape, device=matrix.device, generator=self.random)
-        matrix = replace(matrix, scales=matrix.scales * (2 * sign - 1))
-        bias = self.floats(1, outputs)[0] if biased else None
+        return replace(matrix, scales=matrix.scales * (2 * sign - 1))
+
+    def linear(
+        self, inputs: int, outputs: int, biased: bool = False, paired: bool = False
+    ) -> LinearFn:
+        matrix = self.matrix(inputs, outputs)
+        bias = self.table(1, outputs)[0] if biased else None
         pack = self.backend.gate_up_linear if paired else self.backend.quant_linear
         return pack(matrix, bias)
 
@@ -85,11 +86,16 @@ def shape(name: str) -> ModelConfig:
 
 
 def random_decoder(
-    config: ModelConfig, backend: Backend, seed: int = 0, *, host_embedding: bool = False
+    config: ModelConfig,
+    backend: Backend,
+    seed: int = 0,
+    *,
+    host_embedding: bool = False,
+    values: type[Draw] = Draw,
 ) -> Decoder:
     """A decoder of this shape, its weights drawn on the backend's device; peak memory one matrix
     above the model's own. host_embedding: the table of the tokens goes to main memory."""
-    draw = _Draw(backend, torch.Generator(backend.device).manual_seed(seed))
+    draw = values(backend, torch.Generator(backend.device).manual_seed(seed))
     hidden, width = config.hidden_size, config.intermediate_size
     qkv = config.q_size + 2 * config.kv_size
 
@@ -105,12 +111,12 @@ def random_decoder(
             down_proj=draw.linear(width, hidden),
         )
 
-    table = draw.floats(config.vocab_size, hidden)
+    table = draw.table(config.vocab_size, hidden)
     return Decoder(
         config=config,
         backend=backend,
         embed_tokens=table.cpu().pin_memory() if host_embedding else table,
         layers=tuple(layer() for _ in range(config.num_layers)),
         norm=draw.norm(hidden),
-        lm_head=backend.head_linear(draw.floats(config.vocab_size, hidden) * hidden**-0.5),
+        lm_head=backend.head_linear(draw.table(config.vocab_size, hidden, hidden**-0.5)),
     )
