@@ -76,6 +76,10 @@ class Listening:
         float, typer.Option(help="Time for running answers to finish after SIGTERM.")
     ] = 30.0
 
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write what people ask to the log: tell them.")
+    ] = False
+
     def settings(self, model: str) -> ServerSettings:
         from nybble.serve.settings import ServerSettings
 
@@ -90,6 +94,7 @@ class Listening:
             max_body=self.max_body,
             request_seconds=self.request_seconds,
             drain_seconds=self.drain_seconds,
+            log_prompts=self.log_prompts,
         )
 
 
@@ -102,6 +107,8 @@ def run(model: str, running: Batching, listening: Listening, open_page: bool, qu
             f"The server needs the package {error.name}: pip install 'nybble[serve]'."
         ) from error
     settings = listening.settings(model)
+    if quiet and settings.log_prompts:
+        raise ConfigError("--log-prompts writes to the log that --quiet leaves out: choose one.")
 
     def announce(url: str) -> None:
         console.note(f"{settings.names[0]} at {url} (API: {url}v1). Ctrl-C stops.")
@@ -137,7 +144,7 @@ def _has_desktop() -> bool:
 
 @contextmanager
 def _log_of_requests() -> Iterator[None]:
-    """A line for each request on stderr, without a word of what was said."""
+    """A line for each request on stderr; not a word of what was said, unless by --log-prompts."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("nybble.serve", "uvicorn.error")]

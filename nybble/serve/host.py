@@ -68,7 +68,9 @@ class Host:
         try:
             llm = await _in_daemon(self._load)
             engine = AsyncEngine(llm.engine, self.settings.max_waiting)
-            service = Service(llm, engine, self.settings.names, self.settings.request_seconds)
+            given = self.settings
+            bounds = given.request_seconds, given.log_prompts
+            service = Service(llm, engine, given.names, *bounds)
         except Exception as error:  # noqa: BLE001, whoever runs the server raises it
             self.failure = error
             self._on_failure()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 
 from nybble.engine.constraint import Constraint
 from nybble.engine.loop import AsyncEngine
-from nybble.errors import ConfigError
+from nybble.errors import ConfigError, RequestError
 from nybble.grammar import GrammarCompiler
 from nybble.llm import LLM
 from nybble.outputs import no_tokenizer
@@ -21,11 +23,14 @@ from nybble.serve.record import RequestRecord
 from nybble.tokenizer import Tokenizer
 from nybble.tools import ToolPrompt
 
+logger = logging.getLogger("nybble.serve")
+
 
 class Service:
     """A loaded model behind a running engine, under the names that clients may call it.
 
-    request_seconds: what one request may take, from its arrival to its last token.
+    request_seconds: what one request may take, from its arrival to its last token. log_prompts:
+    they are written to the log, which otherwise has not a word of them.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class Service:
         engine: AsyncEngine,
         names: Sequence[str],
         request_seconds: float = 600.0,
+        log_prompts: bool = False,
     ) -> None:
         if llm.tokenizer is None:
             raise ConfigError(str(no_tokenizer()))
@@ -41,6 +47,7 @@ class Service:
         self.engine = engine
         self.names = tuple(names)
         self.request_seconds = request_seconds
+        self.log_prompts = log_prompts
         self.tokenizer: Tokenizer = llm.tokenizer
         self.grammars = GrammarCompiler(self.tokenizer, llm.engine.eos_ids, llm.engine.vocab_size)
         self.created = int(time.time())
@@ -116,7 +123,17 @@ class Service:
             for answer in answers:
                 answer.close()
             raise
+        if self.log_prompts:
+            for prompt in prompts:
+                logger.info("%s prompt: %s", record.id, self._quoted(prompt))
         return Answers(answers, n, record, self.request_seconds)
+
+    def _quoted(self, prompt: list[int]) -> str:
+        """One line of text, control tokens and all; ids where they stand for no text."""
+        try:
+            return json.dumps(self.tokenizer.decode(prompt), ensure_ascii=False)
+        except RequestError:
+            return str(prompt)
 
 
 def _seeded(params: SamplingParams, choice: int) -> SamplingParams:

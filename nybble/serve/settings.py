@@ -15,7 +15,7 @@ class ServerSettings:
     names: what clients may call the model; the first is shown. api_key: None lets everybody in.
     cors_origins: web pages of other origins that may call ("*": all). max_waiting: requests that
     may queue beside the running ones. Sizes are bytes, times seconds; request_seconds bounds one
-    request from its arrival to its last token.
+    request from its arrival to its last token. log_prompts: prompts go to the log, word for word.
     """
 
     names: tuple[str, ...]
@@ -29,6 +29,7 @@ class ServerSettings:
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     keep_alive_seconds: float = 10.0
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         if not self.names or not all(self.names):

@@ -44,6 +44,7 @@ def test_a_port_that_is_taken(tmp_path):
         (["--port", 70000], "--port"),
         (["--max-body", 0], "--max-body"),
         (["--served-name", ""], "--served-name"),
+        (["--log-prompts", "--quiet"], "--quiet"),
     ],
     ids=str,
 )

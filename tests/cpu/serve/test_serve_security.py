@@ -208,3 +208,17 @@ def test_the_log_tells_how_much_but_never_what(http, caplog):
     assert " 404 " in lines[2]
     assert len(lines) == 4
     assert not any(word in line for line in lines for word in ("secret", "fox", "Ann"))
+
+
+def test_prompts_are_logged_for_those_who_ask(llm, caplog):
+    caplog.set_level(logging.INFO, logger="nybble.serve")
+    with serving(llm, log_prompts=True) as server, server.client() as http:
+        http.post(PATH, json=CHAT, headers={"x-request-id": "mine-3"})
+        for prompt in (["two\nlines"], [[1, 2]]):
+            http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    lines = [record.getMessage() for record in caplog.records if " prompt: " in record.getMessage()]
+    assert len(lines) == 3
+    assert lines[0].startswith('mine-3 prompt: "')
+    assert "the secret fox" in lines[0]
+    assert '"two\\nlines"' in lines[1]
+    assert not any("\n" in line for line in lines)
