@@ -170,7 +170,9 @@ class EngineConfig:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_GROUP = 64  # dimensions of a head that share a step in an int4 cache
 # The kinds of a cache, and what a number takes in each, without scales.
+# KV_OPEN: those that also hold the page which a sequence is filling in 16 bits.
 KV_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int6": 6, "int4": 4}
+KV_OPEN = frozenset({"int4"})
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nybble.cache.sizes import bytes_per_token, cache_bytes, fitting_tokens
 from nybble.checkpoint import TensorInfo
-from nybble.config import ModelConfig
+from nybble.config import KV_OPEN, ModelConfig
 from nybble.errors import CapacityError
 from nybble.kernels.cuda.linear import SLAB_BYTES
 
@@ -86,12 +86,12 @@ def work_bytes(config: ModelConfig, step_tokens: int, kind: str = "float16") -> 
     """What a GPU needs beside weights and cache for steps of so many tokens, in 16 bits.
 
     Activations of the widest moment of a block, dequantised weights, and what libraries and
-    decode graphs hold. With int4 a step's keys and values stand in pages of 16 bits, too, and
+    decode graphs hold. With open pages a step's keys and values stand in pages of 16 bits, too, and
     queries and results exist twice (kernels/open_pages.py).
     """
     c = config
     attention = 3 * c.q_size + 2 * c.kv_size
-    if kind == "int4":
+    if kind in KV_OPEN:
         attention += 2 * c.q_size + 2 * c.kv_size
     gate_up = min(2 * c.intermediate_size, SLAB_BYTES // (2 * c.hidden_size))
     widest = 2 * c.hidden_size + max(attention, c.intermediate_size + gate_up)

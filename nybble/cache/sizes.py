@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.config import KV_BITS, KV_GROUP, ModelConfig
+from nybble.config import KV_BITS, KV_GROUP, KV_OPEN, ModelConfig
 
 PAGE_SIZE = 64
 _TOKENS_A_SEAT = 2048
@@ -18,14 +18,14 @@ def bytes_per_token(config: ModelConfig, kind: str) -> int:
 def seat_count(kind: str, tokens: int, most: int) -> int:
     """How many sequences may run beside one another in a cache of so many tokens, at most `most`.
 
-    A seat, which int4 alone needs, weighs as much as some 230 of its tokens: one for every 2,048.
+    Where there are open pages, one weighs as much as some 230 tokens of int4: one for every 2,048.
     """
-    return min(most, max(1, tokens // _TOKENS_A_SEAT)) if kind == "int4" else most
+    return min(most, max(1, tokens // _TOKENS_A_SEAT)) if kind in KV_OPEN else most
 
 
 def seat_bytes(config: ModelConfig, kind: str) -> int:
     """Bytes of one sequence's open page in 16 bits, over all layers; 0 where it has none."""
-    return PAGE_SIZE * bytes_per_token(config, "float16") if kind == "int4" else 0
+    return PAGE_SIZE * bytes_per_token(config, "float16") if kind in KV_OPEN else 0
 
 
 def cache_bytes(config: ModelConfig, kind: str, tokens: int, running: int = 1) -> int:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from nybble.cache.sizes import PAGE_SIZE, bytes_per_token, seat_bytes
-from nybble.config import ModelConfig
+from nybble.config import KV_OPEN, ModelConfig
 from nybble.errors import CapacityError
 from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, OpenStep, scales_shape, stored_width
 
@@ -19,8 +19,8 @@ _LEAST_PAGES = 8
 class KVStore:
     """The pages of every layer, (num_pages, kv_heads, page_size, head_dim) each.
 
-    Who owns which page is the business of the engine: the store only holds them. `seats` matters to
-    int4 alone: how many sequences run at a time, each with its open page in 16 bits.
+    Who owns which page is the business of the engine: the store only holds them. seats: how many
+    sequences run at a time, each with an open page in 16 bits where the kind has such pages.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KVStore:
 
     def opened(self, batch: Batch, spans: Sequence[tuple[int, int]], seats: Sequence[int]) -> Batch:
         """The batch with what a cache with open pages needs: see `open_step` for the arguments."""
-        if self.kind != "int4":
+        if self.kind not in KV_OPEN:
             return batch
         step = open_step(spans, seats, self.page_size, self.device)
         if any(end - begin > 1 for begin, end in spans):
@@ -77,7 +77,7 @@ class KVStore:
 
     def _layer(self) -> KVLayer:
         layer = self._pages(self.kind, self.num_pages)
-        if self.kind != "int4":
+        if self.kind not in KV_OPEN:
             return layer
         return replace(layer, seats=self._pages("float16", self.seats))
 

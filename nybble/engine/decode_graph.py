@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nybble.cache.store import KVStore
+from nybble.config import KV_OPEN
 from nybble.engine.scheduler import Chunk
 from nybble.kernels.backend import Batch, OpenStep
 from nybble.model.decoder import Decoder, Step
@@ -103,7 +104,7 @@ class DecodeGraph:
             lengths=self.lengths + 1,
             max_query=1,
             max_length=self.max_length,
-            open_step=self._open_step(at % size) if self.store.kind == "int4" else None,
+            open_step=self._open_step(at % size) if self.store.kind in KV_OPEN else None,
         )
         positions = self.positions.take(at + self.first_rows)
         logits = self.decoder.forward(self.ids, Step(positions, batch, self.store.layers))

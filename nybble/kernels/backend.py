@@ -15,6 +15,10 @@ from nybble.kernels.matrix import QuantMatrix
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
 """(tokens, K) -> (tokens, N): a matrix, packed for one kernel, ready to be multiplied with."""
 
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""Attention over some of the keys, (tokens, heads * head_dim), and its log-sum-exp: ln of the sum
+of exp(score) that it was divided by, fp32 (tokens, heads). Zeros and -inf where there is no key."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -110,8 +114,8 @@ class KVLayer:
     For all of them the keys are stored after the rotation of `ref_cache.hadamard`, and
     rope_store returns q rotated alike, so that q . k is unchanged. Values are not rotated.
 
-    seats, of int4 only: pages of 16 bits, one for each running sequence, with what stands in its
-    open (last) page; a token sees its own page there and not as codes.
+    seats, of the kinds in KV_OPEN: pages of 16 bits, one for each running sequence, with what
+    stands in its open (last) page; a token sees its own page there and not as codes.
     """
 
     kind: str
@@ -225,19 +229,12 @@ class Backend(Protocol):
 
     def partial_attention(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """attention, and ln of the sum of exp(score) that it divided by, fp32 (tokens, heads).
-
-        closed: a row sees only the pages before its own. Zeros and -inf where there is no key.
-        """
+    ) -> Partial:
+        """attention with its log-sum-exp. closed: a row sees only the pages before its own."""
         ...
 
-    def merge_attention(
-        self,
-        first: tuple[torch.Tensor, torch.Tensor],
-        second: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Attention over the keys of two partial ones, of which the second has some."""
+    def merge_attention(self, first: Partial, second: Partial) -> torch.Tensor:
+        """Attention over the keys of both; every row has some in the second."""
         ...
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:

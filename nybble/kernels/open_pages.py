@@ -1,4 +1,4 @@
-"""Attention over an int4 cache: a token's own page in 16 bits, the pages before it as codes.
+"""Attention over a cache with open pages: the own page in 16 bits, those before it as codes.
 
 Errors of four bits do harm where attention is strong, and that is among the last tokens. So what
 stands in the page that a sequence is filling is also kept in 16 bits, in a seat of its own in every
@@ -29,7 +29,7 @@ def attention(
     """
     step = batch.open_step
     if step is None or layer.seats is None:
-        raise ConfigError("an int4 cache needs seats, and batches that name them.")
+        raise ConfigError("a cache with open pages needs seats, and batches that name them.")
     pages = layer.seats if step.pages is None else step.pages
     if step.loads is not None:
         _copy(layer.seats, pages, *step.loads)

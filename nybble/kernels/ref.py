@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble.kernels import ref_cache
-from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn, Partial
 from nybble.kernels.matrix import QuantMatrix
 
 
@@ -130,23 +130,19 @@ class RefBackend:
 
     def partial_attention(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, sums = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+    ) -> Partial:
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
         for rows, positions, keys, values in ref_cache.sequences(layer, batch):
             size = layer.page_size
             seen = positions // size * size if closed else positions + 1
-            result, sums[rows] = _attend(q[rows].float(), keys, values, scale, seen)
+            result, lse[rows] = _attend(q[rows].float(), keys, values, scale, seen)
             out[rows] = result.to(q.dtype)
-        return out.flatten(1), sums
+        return out.flatten(1), lse
 
-    def merge_attention(
-        self,
-        first: tuple[torch.Tensor, torch.Tensor],
-        second: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        (a, a_sums), (b, b_sums) = first, second
-        share = torch.sigmoid(b_sums - a_sums).to(a.dtype).unsqueeze(-1)
-        shape = (*a_sums.shape, -1)
+    def merge_attention(self, first: Partial, second: Partial) -> torch.Tensor:
+        (a, a_lse), (b, b_lse) = first, second
+        share = torch.sigmoid(b_lse - a_lse).to(a.dtype).unsqueeze(-1)
+        shape = (*a_lse.shape, -1)
         return torch.lerp(a.view(shape), b.view(shape), share).flatten(1)
 
     def quant_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
@@ -186,9 +182,9 @@ def _attend(
     k, v = (x.repeat_interleave(group, 0) for x in (keys, values))  # (heads, length, head_dim)
     scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * scale
     hidden = torch.arange(keys.shape[1], device=q.device) >= seen[:, None]  # (tokens, length)
-    sums = scores.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
-    weights = torch.where(hidden, 0.0, (scores - sums).exp())
-    return torch.matmul(weights, v).transpose(0, 1), sums[..., 0].t()
+    lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+    weights = torch.where(hidden, 0.0, (scores - lse).exp())
+    return torch.matmul(weights, v).transpose(0, 1), lse[..., 0].t()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

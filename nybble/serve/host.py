@@ -68,9 +68,13 @@ class Host:
         try:
             llm = await _in_daemon(self._load)
             engine = AsyncEngine(llm.engine, self.settings.max_waiting)
-            given = self.settings
-            bounds = given.request_seconds, given.log_prompts
-            service = Service(llm, engine, given.names, *bounds)
+            service = Service(
+                llm,
+                engine,
+                self.settings.names,
+                request_seconds=self.settings.request_seconds,
+                log_prompts=self.settings.log_prompts,
+            )
         except Exception as error:  # noqa: BLE001, whoever runs the server raises it
             self.failure = error
             self._on_failure()

@@ -10,6 +10,19 @@ from nybble.kernels import ref_cache
 from nybble.kernels.backend import KV_DTYPES, Batch, KVLayer, scales_shape, stored_width
 
 DEVICE = torch.device("cuda")
+# Prompts that end and begin on either side of tiles and pages: new tokens and keys of each.
+PROMPTS = (
+    ([2], [2]),
+    ([64], [64]),
+    ([65], [65]),
+    ([127], [127]),
+    ([129], [129]),
+    ([200], [200]),
+    ([64], [300]),
+    ([30], [95]),
+    ([500], [777]),
+    ([5, 70, 200], [5, 71, 1000]),
+)
 
 
 def make_batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_samples import empty_layer, fill, make_batch, pages_of, poison, relative_error
+from paged_samples import PROMPTS, empty_layer, fill, make_batch, pages_of, poison, relative_error
 
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels.ref import RefBackend
@@ -84,14 +84,7 @@ def test_decode_below_its_bound(kind):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 def test_prefill(heads, head_dim, kind, dtype, hopper):
-    for new, lengths in (
-        ([2], [2]),
-        ([127], [127]),
-        ([129], [129]),
-        ([64], [300]),
-        ([500], [777]),
-        ([5, 70, 200], [5, 71, 1000]),
-    ):
+    for new, lengths in PROMPTS:
         compare(
             new,
             lengths,

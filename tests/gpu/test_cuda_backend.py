@@ -83,10 +83,10 @@ class Broken(CudaBackend):
         return out
 
     def partial_attention(self, q, layer, batch, scale, *, closed):
-        out, sums = super().partial_attention(q, layer, batch, scale, closed=closed)
+        out, lse = super().partial_attention(q, layer, batch, scale, closed=closed)
         if self.fault == "partial_attention":
-            sums[-1] += 1.0 if closed else -1.0
-        return out, sums
+            lse[-1] += 1.0 if closed else -1.0
+        return out, lse
 
     def merge_attention(self, first, second):
         out = super().merge_attention(first, second)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from paged_samples import (
+    PROMPTS,
     batch_of,
     clone,
     empty_layer,
@@ -57,18 +58,16 @@ def compare(
     q = torch.randn(sum(new), heads[0], head_dim, device=DEVICE).to(dtype)
     scale = head_dim**-0.5
     reference = RefBackend(DEVICE, torch.float32)
-    want, want_sums = reference.partial_attention(q.float(), layer, batch, scale, closed=closed)
+    want, want_lse = reference.partial_attention(q.float(), layer, batch, scale, closed=closed)
     poison(sum(new), heads[0] * head_dim, dtype=dtype)
     poison(sum(new), heads[0], dtype=torch.float32)
     attention = PagedAttention(q.device, dtype, hopper=hopper)
-    got, sums = attention.partial(q, layer, batch, scale, closed=closed)
-    blind = want_sums.isneginf()
-    assert torch.equal(sums.isneginf(), blind)
+    got, lse = attention.partial(q, layer, batch, scale, closed=closed)
+    blind = want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), blind)
     assert not got.view(q.shape)[blind].any()
     limit, coarse = TOLERANCE[torch.bfloat16 if kind == "bfloat16" else dtype], kind == "bfloat16"
-    torch.testing.assert_close(
-        sums[~blind], want_sums[~blind], rtol=0, atol=5e-2 if coarse else 1e-2
-    )
+    torch.testing.assert_close(lse[~blind], want_lse[~blind], rtol=0, atol=5e-2 if coarse else 1e-2)
     assert relative_error(got, want) < limit
     rows = (got - want).double().norm(dim=1) / want.double().norm(dim=1).clamp_min(1e-30)
     assert rows.max() < 4 * limit
@@ -102,18 +101,7 @@ def test_single_tokens_below_their_bound(closed, kind):
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 @pytest.mark.parametrize("closed", [False, True])
 def test_prompts(closed, heads, head_dim, kind, dtype, hopper):
-    for new, lengths in (
-        ([2], [2]),
-        ([64], [64]),
-        ([65], [65]),
-        ([127], [127]),
-        ([129], [129]),
-        ([200], [200]),
-        ([64], [300]),
-        ([30], [95]),
-        ([500], [777]),
-        ([5, 70, 200], [5, 71, 1000]),
-    ):
+    for new, lengths in PROMPTS:
         compare(
             new,
             lengths,
@@ -171,16 +159,16 @@ def test_a_nan_is_seen_in_closed_pages_alone(new, kind):
     keys[batch.pages[0, 3].long(), :, 5] = torch.nan  # positions 192 and on: nobody's closed page
     values[batch.pages[1, 1].long(), 1, 5] = torch.nan
     backend = CudaBackend(DEVICE)
-    out, sums = backend.partial_attention(q, layer, batch, 0.1, closed=True)
+    out, lse = backend.partial_attention(q, layer, batch, 0.1, closed=True)
     out = out.view(2, new, 2, 128)
     assert out[0].isfinite().all()
-    assert sums.isfinite().all()
+    assert lse.isfinite().all()
     assert out[1, :, 1].isnan().any(-1).all()
     assert out[1, :, 0].isfinite().all()
     q[0, 0, 7] = torch.nan
-    out, sums = backend.partial_attention(q, layer, batch, 0.1, closed=True)
+    out, lse = backend.partial_attention(q, layer, batch, 0.1, closed=True)
     assert out.view(2 * new, 2, 128)[0, 0].isnan().all()
-    assert sums[0, 0].isnan()
+    assert lse[0, 0].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,14 +177,14 @@ def test_merge(heads, head_dim, dtype):
     backend, reference = CudaBackend(DEVICE, dtype), RefBackend(DEVICE, torch.float32)
     for tokens in (1, 7, 300):
         outs = torch.randn(2, tokens, heads * head_dim, device=DEVICE).to(dtype)
-        sums = torch.randn(2, tokens, heads, device=DEVICE) * 4
+        lse = torch.randn(2, tokens, heads, device=DEVICE) * 4
         blind = torch.rand(tokens, heads, device=DEVICE) < 0.3
         blind[0, 0] = True
         outs[0].view(tokens, heads, head_dim)[blind] = 0
-        sums[0][blind] = -torch.inf
-        got = backend.merge_attention((outs[0], sums[0]), (outs[1], sums[1]))
+        lse[0][blind] = -torch.inf
+        got = backend.merge_attention((outs[0], lse[0]), (outs[1], lse[1]))
         wide = outs.float()
-        want = reference.merge_attention((wide[0], sums[0]), (wide[1], sums[1]))
+        want = reference.merge_attention((wide[0], lse[0]), (wide[1], lse[1]))
         assert relative_error(got, want) < TOLERANCE[dtype]
         shape = (tokens, heads, head_dim)
         assert torch.equal(got.view(shape)[blind], outs[1].view(shape)[blind])

@@ -22,7 +22,7 @@
 typedef struct {
     const float *q; /* (tokens, kv_heads * group, dim) */
     float *out;     /* like q */
-    float *sums;    /* (tokens, kv_heads * group) ln of the softmax sums, or NULL: not wanted */
+    float *lse;     /* (tokens, kv_heads * group) ln of the softmax sums, or NULL: not wanted */
     const int32_t *pages, *starts, *lengths; /* (sequences, page_stride), (sequences + 1), ... */
     long tokens, sequences, page_stride, most_pages, group;
     Cache cache; /* dim is a multiple of 16, page_size of KEYS */
@@ -234,8 +234,8 @@ static void store_row(const Attention *a, const Item *item, State s, long row) {
     const f32x16 inverse = splat(1.0f / s.sum[row]);
     for (long d = 0; d < dim; d += LANES)
         store_f32(out + d, none ? splat(0.0f) : load_f32(s.weighted + row * dim + d) * inverse);
-    if (a->sums) /* ln(0) is -inf: so it is for a row without keys */
-        a->sums[row_number(a, item, row)] = s.peak[row] + logf(s.sum[row]);
+    if (a->lse) /* ln(0) is -inf: so it is for a row without keys */
+        a->lse[row_number(a, item, row)] = s.peak[row] + logf(s.sum[row]);
 }
 
 INLINE long state_floats(long rows, long dim) { return (rows * (dim + 2) + 15) / 16 * 16; }

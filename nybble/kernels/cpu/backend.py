@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble.errors import CapacityError, ConfigError
-from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn, Partial
 from nybble.kernels.cpu import library
 from nybble.kernels.cpu.pack import pack
 from nybble.kernels.matrix import QuantMatrix
@@ -106,9 +106,9 @@ class CpuBackend(RefBackend):
 
     def partial_attention(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.empty(*q.shape[:2])
-        return self._attend_pages(q, layer, batch, scale, sums, closed), sums
+    ) -> Partial:
+        lse = torch.empty(*q.shape[:2])
+        return self._attend_pages(q, layer, batch, scale, lse, closed), lse
 
     def _attend_pages(
         self,
@@ -116,25 +116,25 @@ class CpuBackend(RefBackend):
         layer: KVLayer,
         batch: Batch,
         scale: float,
-        sums: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         closed: bool = False,
     ) -> torch.Tensor:
-        """The logarithms of the sums go to `sums`, where that is given."""
+        """The logarithms of the sums go to `lse`, where that is given."""
         tokens, heads, dim = q.shape
         kv_heads = layer.kv_heads
         if heads % kv_heads:
             raise ConfigError(f"{heads} heads are no multiple of {kv_heads} K/V heads.")
         if dim % 16:
             out, exact = super().partial_attention(q, layer, batch, scale, closed=closed)
-            if sums is not None:
-                sums.copy_(exact)
+            if lse is not None:
+                lse.copy_(exact)
             return out
         q, cache = _rows(q, dim), _cache(layer, dim)
         out = torch.empty(tokens, heads * dim)
         arguments = library.Attention(
             q.data_ptr(),
             out.data_ptr(),
-            None if sums is None else sums.data_ptr(),
+            None if lse is None else lse.data_ptr(),
             batch.pages.data_ptr(),
             batch.starts.data_ptr(),
             batch.lengths.data_ptr(),
@@ -150,22 +150,18 @@ class CpuBackend(RefBackend):
         status = self.functions.attention(ctypes.addressof(arguments), torch.get_num_threads())
         return _checked(out, status)
 
-    def merge_attention(
-        self,
-        first: tuple[torch.Tensor, torch.Tensor],
-        second: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+    def merge_attention(self, first: Partial, second: Partial) -> torch.Tensor:
         """In C, for torch's own rounding of a row changes with the number of rows."""
         (tokens, width), heads = first[0].shape, first[1].shape[1]
-        (a, a_sums), (b, b_sums) = ((_rows(x, width), _rows(s, heads)) for x, s in (first, second))
-        if not len(b) == len(a_sums) == len(b_sums) == tokens or width % heads:
+        (a, a_lse), (b, b_lse) = ((_rows(x, width), _rows(s, heads)) for x, s in (first, second))
+        if not len(b) == len(a_lse) == len(b_lse) == tokens or width % heads:
             raise ConfigError("two parts of attention need the same rows, and a sum a head each.")
         out = torch.empty(tokens, width)
         self.functions.merge_attention(
             a.data_ptr(),
-            a_sums.data_ptr(),
+            a_lse.data_ptr(),
             b.data_ptr(),
-            b_sums.data_ptr(),
+            b_lse.data_ptr(),
             tokens * heads,
             width // heads,
             out.data_ptr(),

@@ -53,7 +53,7 @@ class Rope(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, _pointer) for name in ("q", "out", "sums", "pages", "starts", "lengths")),
+        *((name, _pointer) for name in ("q", "out", "lse", "pages", "starts", "lengths")),
         *((name, _long) for name in ("tokens", "sequences", "page_stride", "most_pages", "group")),
         ("cache", Cache),
         ("scale", _float),

@@ -38,12 +38,12 @@ void nybble_silu_mul(const float *gate_up, long rows, long width, float *out, in
 
 /* Attention over two sets of keys into that over both: rows of `dim`, of one head each, and the
  * logarithms of the sums that they were divided by; the second is not -inf. */
-void nybble_merge_attention(const float *first, const float *first_sums, const float *second,
-                            const float *second_sums, long rows, long dim, float *out,
+void nybble_merge_attention(const float *first, const float *first_lse, const float *second,
+                            const float *second_lse, long rows, long dim, float *out,
                             int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1 && rows * dim > PARALLEL_WORK)
     for (long r = 0; r < rows; r++) {
-        const f32x16 ratio = exp_f(splat(first_sums[r] - second_sums[r]));
+        const f32x16 ratio = exp_f(splat(first_lse[r] - second_lse[r]));
         const f32x16 b = splat(1.0f) / (splat(1.0f) + ratio), a = ratio * b;
         for (long i = 0; i < dim; i += LANES) {
             const f32x16 x = load_part(first + r * dim, i, dim, KIND_F32);

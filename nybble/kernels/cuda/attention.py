@@ -11,7 +11,7 @@ import torch
 
 from nybble.config import KV_BITS
 from nybble.errors import CapacityError, ConfigError
-from nybble.kernels.backend import Batch, KVLayer
+from nybble.kernels.backend import Batch, KVLayer, Partial
 from nybble.kernels.cuda.launch import Kernel, kernel
 
 HEAD_DIMS = (64, 128)
@@ -39,7 +39,7 @@ class _DecodeArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "out", "parts", "finished")),
         *((name, ctypes.c_int) for name in ("heads", "head_tiles", "splits")),
         ("scale", ctypes.c_float),
-        ("logs", ctypes.c_void_p),  # here and below: beyond what kernels without PARTIAL take
+        ("lse", ctypes.c_void_p),  # here and below: beyond what kernels without PARTIAL take
     )
 
 
@@ -49,7 +49,7 @@ class _PrefillArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "out")),
         *((name, ctypes.c_int) for name in ("heads", "query_tiles")),
         ("scale", ctypes.c_float),
-        ("logs", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
     )
 
 
@@ -67,11 +67,11 @@ class _Results:
     """What a call writes, (tokens, heads * head_dim) and (tokens, heads): see partial.cuh."""
 
     out: torch.Tensor
-    logs: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
     closed: bool = False
 
     def defines(self) -> dict[str, int]:
-        return {"PARTIAL": int(self.logs is not None), "CLOSED": int(self.closed)}
+        return {"PARTIAL": int(self.lse is not None), "CLOSED": int(self.closed)}
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ class PagedAttention:
 
     def partial(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Partial:
         """See Backend.partial_attention."""
         out = torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device)
-        logs = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
-        self._attend(q, layer, batch, scale, _Results(out, logs, closed))
-        return out, logs
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
+        self._attend(q, layer, batch, scale, _Results(out, lse, closed))
+        return out, lse
 
     def _attend(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, results: _Results
@@ -271,7 +271,7 @@ class PagedAttention:
             _cache_of(layer, batch),
             *_pointers(q, results.out, parts, self._finished),
             *(heads, head_tiles, splits, scale * _LOG2_E),
-            *_pointers(results.logs),
+            *_pointers(results.lse),
         )
         defines = {**plan.defines(), **results.defines()}
         run = self._kernel("attention_decode", layer, defines, shared_bytes)
@@ -286,7 +286,7 @@ class PagedAttention:
             _cache_of(layer, batch),
             *_pointers(q, results.out),
             *(heads, query_tiles, scale * _LOG2_E),
-            *_pointers(results.logs),
+            *_pointers(results.lse),
         )
         if self._hopper and head_dim == 128:  # the source says why
             name, threads = "attention_hopper", 384

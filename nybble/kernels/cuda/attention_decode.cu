@@ -35,7 +35,7 @@ struct Args {
     int heads, head_tiles, splits;
     float scale;    // times log2(e)
 #if PARTIAL
-    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+    float* lse;  // (tokens, heads): ln of the sums that the outputs were divided by
 #endif
 };
 
@@ -447,7 +447,7 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, int head
     const bool blind = CLOSED && w.length == 0;
     a.out[row * HEAD_DIM + dim] = blind ? u16(0) : u16(activation_pair(t.sum / t.weight, 0.f));
 #if PARTIAL
-    if (dim == 0) a.logs[row] = blind ? -infinity() : natural_log(t.most, t.weight);
+    if (dim == 0) a.lse[row] = blind ? -infinity() : natural_log(t.most, t.weight);
 #endif
 }
 

@@ -32,7 +32,7 @@ struct Args {
     int heads, query_tiles;
     float scale;   // times log2(e)
 #if PARTIAL
-    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+    float* lse;  // (tokens, heads): ln of the sums that the outputs were divided by
 #endif
 };
 
@@ -347,7 +347,7 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& su
                 blind ? 0u : activation_pair(sums.o[4 * j + 2 * h] * factor,
                                              sums.o[4 * j + 2 * h + 1] * factor);
 #if PARTIAL
-        if (lane % 4 == 0) a.logs[at] = blind ? -infinity() : natural_log(sums.most[h], weight);
+        if (lane % 4 == 0) a.lse[at] = blind ? -infinity() : natural_log(sums.most[h], weight);
 #endif
     }
 }

@@ -32,7 +32,7 @@ struct Args {
     int heads, query_tiles;
     float scale;   // times log2(e)
 #if PARTIAL
-    float* logs;  // (tokens, heads): ln of the sums that the outputs were divided by
+    float* lse;  // (tokens, heads): ln of the sums that the outputs were divided by
 #endif
 };
 
@@ -265,7 +265,7 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& su
                                                  sums.o[r][j][2 * h + 1] * factor);
 #if PARTIAL
             if (lane % 4 == 0)
-                a.logs[at] = blind ? -infinity() : natural_log(sums.most[r][h], weight);
+                a.lse[at] = blind ? -infinity() : natural_log(sums.most[r][h], weight);
 #endif
         }
 }

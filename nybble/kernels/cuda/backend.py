@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nybble.errors import ConfigError
 from nybble.kernels import ref
-from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn
+from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn, Partial
 from nybble.kernels.cuda.attention import PagedAttention
 from nybble.kernels.cuda.compiler import binding
 from nybble.kernels.cuda.linear import CudaLinear
@@ -70,14 +70,10 @@ class CudaBackend:
 
     def partial_attention(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Partial:
         return self._attention.partial(q, layer, batch, scale, closed=closed)
 
-    def merge_attention(
-        self,
-        first: tuple[torch.Tensor, torch.Tensor],
-        second: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+    def merge_attention(self, first: Partial, second: Partial) -> torch.Tensor:
         return self._rows.merge_attention(first, second)
 
     def choose(self, matrix: QuantMatrix) -> Choice:

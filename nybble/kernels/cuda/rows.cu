@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) silu_mul(const __gri
 
 struct MergeArgs {
     const u16 *a, *b;              // (rows, dim), a row being a head of a token
-    const float *a_logs, *b_logs;  // (rows,): ln of what each was divided by; a's may be -inf
+    const float *a_lse, *b_lse;  // (rows,): ln of what each was divided by; a's may be -inf
     u16* y;                        // (rows, dim)
     long count;                    // of groups of 8 elements of y
     int dim;
@@ -113,7 +113,7 @@ merge_attention(const __grid_constant__ MergeArgs a) {
     wait_for_previous_kernel();
     if (i >= a.count) return;
     const long row = i / (a.dim / 8);
-    const float share = 1.f / (1.f + __expf(a.a_logs[row] - a.b_logs[row]));  // of b
+    const float share = 1.f / (1.f + __expf(a.a_lse[row] - a.b_lse[row]));  // of b
     Eight e = load_eight(a.a + 8 * i);
     const Eight other = load_eight(a.b + 8 * i);
 #pragma unroll

@@ -11,6 +11,7 @@ import ctypes
 import torch
 
 from nybble.errors import ConfigError
+from nybble.kernels.backend import Partial
 from nybble.kernels.cuda.launch import Kernel, kernel
 
 _VECTOR = 8  # elements of a 16-byte load
@@ -44,7 +45,7 @@ class _EmbedArguments(ctypes.Structure):
 
 class _MergeArguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "a_logs", "b_logs", "y")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "a_lse", "b_lse", "y")),
         *(("count", ctypes.c_long), ("dim", ctypes.c_int)),
     )
 
@@ -113,20 +114,16 @@ class RowKernels:
             run.launch((blocks, 1), _SILU_THREADS, arguments, dependent=False)
         return y
 
-    def merge_attention(
-        self,
-        first: tuple[torch.Tensor, torch.Tensor],
-        second: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+    def merge_attention(self, first: Partial, second: Partial) -> torch.Tensor:
         """See Backend.merge_attention; what PagedAttention.partial returns, twice."""
-        (a, a_logs), (b, b_logs) = first, second
-        dim = a.shape[1] // a_logs.shape[1]
+        (a, a_lse), (b, b_lse) = first, second
+        dim = a.shape[1] // a_lse.shape[1]
         for x in (a, b):
             self._check(x, dim)
         y = torch.empty_like(b)
         count = y.numel() // _VECTOR
         if count:
-            pointers = (x.data_ptr() for x in (a, b, a_logs, b_logs, y))
+            pointers = (x.data_ptr() for x in (a, b, a_lse, b_lse, y))
             run = self._kernel("merge_attention", _MERGE_THREADS, 1, 1)
             blocks = -(-count // _MERGE_THREADS)
             arguments = _MergeArguments(*pointers, count, dim)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nybble.config import ModelConfig, QuantConfig
+from nybble.config import KV_OPEN, ModelConfig, QuantConfig
 from nybble.errors import ConfigError
 from nybble.kernels import open_pages, ref_cache
 from nybble.kernels.backend import (
@@ -115,7 +115,7 @@ def _check_attention(
         want = reference.attention(turned, cache, step, scale)
         _compare(f"attention ({shape.kv_kind} cache)", got, want)
     _compare_caches(cache, expected)
-    if shape.kv_kind == "int4":
+    if shape.kv_kind in KV_OPEN:
         for spans in _STEPS:
             step = _batch(table, spans, shape.page_size)
             _check_open_pages(backend, reference, shape, cache, step, spans, random)

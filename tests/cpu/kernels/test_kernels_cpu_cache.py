@@ -204,13 +204,13 @@ def test_a_row_without_keys_gives_nothing(native, threads, new, past, kind):
     v[every.starts[:-1].long()] = torch.nan
     fill(native, layer, every, k, v)
     q = torch.randn(sum(new), 6, 64)
-    out, sums = native.partial_attention(q, layer, batch, 0.125, closed=True)
+    out, lse = native.partial_attention(q, layer, batch, 0.125, closed=True)
     positions = torch.cat([torch.arange(p, p + n) for n, p in zip(new, past, strict=True)])
     none = positions < page_size
     assert not out[none].any()
-    assert torch.equal(sums[none], torch.full_like(sums[none], -torch.inf))
+    assert torch.equal(lse[none], torch.full_like(lse[none], -torch.inf))
     assert not out[~none].isfinite().any()
-    assert sums[~none].isfinite().all()
+    assert lse[~none].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,9 +223,9 @@ def test_closed_attention_reads_no_page_that_no_row_sees(native, threads, new, k
     v[576:] = torch.nan
     fill(native, layer, whole(batch, 64), k, v)
     q = torch.randn(new, 6, 64)
-    out, sums = native.partial_attention(q, layer, batch, 0.125, closed=True)
+    out, lse = native.partial_attention(q, layer, batch, 0.125, closed=True)
     assert out.isfinite().all()
-    assert sums.isfinite().all()
+    assert lse.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,7 +287,7 @@ def test_a_merged_row_does_not_depend_on_its_batch(native, threads):
     parts = random_parts(300, 9, 64)
     full = native.merge_attention(*parts)
     for rows in (slice(1), slice(4, 5), slice(7, 20), slice(299, None), slice(0, 300, 7)):
-        some = [(out[rows], sums[rows]) for out, sums in parts]
+        some = [(out[rows], lse[rows]) for out, lse in parts]
         assert torch.equal(native.merge_attention(*some), full[rows])
 
 
@@ -329,9 +329,9 @@ def test_scores_beyond_fp32_are_no_numbers(cpu, ref, size):
     q = torch.full((2, 1, 64), size)
     for backend in (cpu, ref):
         for closed in (False, True):
-            out, sums = backend.partial_attention(q, layer, batch, 1.0, closed=closed)
+            out, lse = backend.partial_attention(q, layer, batch, 1.0, closed=closed)
             assert out.isnan().all()
-            assert not sums.isfinite().any()
+            assert not lse.isfinite().any()
         assert backend.attention(q, layer, batch, 1.0).isnan().all()
 
 
