@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nybble.cache.sizes import bytes_per_token, cache_bytes, fitting_tokens
 from nybble.checkpoint import TensorInfo
-from nybble.config import KV_OPEN, ModelConfig
+from nybble.config import KV_OPEN, EngineConfig, ModelConfig
 from nybble.errors import CapacityError
 from nybble.kernels.cuda.linear import SLAB_BYTES
 
@@ -78,8 +78,12 @@ def kv_bytes_per_token(config: ModelConfig, kind: str) -> int:
 
 
 def fitting_context(config: ModelConfig, kind: str, free_bytes: float) -> int:
-    """Tokens whose keys and values fit in `free_bytes`, at most what the model advertises."""
-    return min(fitting_tokens(config, KV_KINDS[kind], free_bytes), config.max_context)
+    """Tokens whose keys and values fit in `free_bytes`, at most what the model advertises.
+
+    With as many sequences at a time as an LLM runs where nobody says.
+    """
+    tokens = fitting_tokens(config, KV_KINDS[kind], free_bytes, EngineConfig().max_running)
+    return min(tokens, config.max_context)
 
 
 def work_bytes(config: ModelConfig, step_tokens: int, kind: str = "float16") -> int:
@@ -150,15 +154,14 @@ def plan_memory(
                 cache = cache_bytes(config, kind, tokens, running)
                 return MemoryPlan(held, work, cache, free, kind, tokens, moved > 0)
     last, held = kinds[-1], weights.memory - table
-    work, cache = work_bytes(config, step_tokens, last), cache_bytes(config, last, least)
-    raise CapacityError(
-        _shortage(config, MemoryPlan(held, work, cache, free, last, least, table > 0))
-    )
+    work, cache = work_bytes(config, step_tokens, last), cache_bytes(config, last, least, running)
+    plan = MemoryPlan(held, work, cache, free, last, least, table > 0)
+    raise CapacityError(_shortage(config, plan, running))
 
 
-def _shortage(config: ModelConfig, plan: MemoryPlan) -> str:
+def _shortage(config: ModelConfig, plan: MemoryPlan, running: int) -> str:
     left = plan.free - plan.weights - plan.work
-    fits = fitting_tokens(config, plan.kv_dtype, left)
+    fits = fitting_tokens(config, plan.kv_dtype, left, running)
     needs = f"This model needs {plan.total / 1e9:.1f} GB ({plan}): "
     if fits < 1:
         return needs + "use a GPU with more memory, a smaller model, or --device cpu."

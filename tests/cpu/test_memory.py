@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,14 @@ from nybble.cache.sizes import cache_bytes, fitting_tokens, seat_count
 from nybble.checkpoint import TensorInfo
 from nybble.config import ModelConfig, QuantConfig, RopeConfig
 from nybble.errors import CapacityError
-from nybble.memory import Weights, fitting_context, kv_bytes_per_token, plan_memory, weigh
+from nybble.memory import (
+    MemoryPlan,
+    Weights,
+    fitting_context,
+    kv_bytes_per_token,
+    plan_memory,
+    weigh,
+)
 
 QWEN_72B = ModelConfig(
     family="qwen",
@@ -193,3 +201,22 @@ def test_what_does_not_fit_says_what_would() -> None:
         plan(("float16", "int4"), 50e9)
     with pytest.raises(CapacityError, match="a GPU with more memory"):
         plan(("float16", "int4"), 24e9)
+
+
+@given(st.floats(40e9, 75e9), st.integers(1, 64), st.integers(100, 32768))
+def test_a_refusal_needs_more_than_there_is_and_its_advice_fits(free, running, context) -> None:
+    """Also where it is the open pages of many sequences that do not fit."""
+
+    def plan(tokens: int) -> MemoryPlan:
+        sizes = (tokens, tokens)
+        return plan_memory(QWEN_72B, WEIGHTS_72B, ("int4",), sizes, 8192, int(free), running)
+
+    try:
+        assert plan(context).total <= free
+    except CapacityError as error:
+        needed = re.search(r"needs [\d.]+ GB \(.*: ([\d.]+) of ([\d.]+) GB", str(error))
+        assert float(needed[1]) >= float(needed[2])
+        advised = re.search(r"--max-context (\d+)", str(error))
+        if advised:
+            assert int(advised[1]) < context
+            assert plan(int(advised[1])).total <= free
