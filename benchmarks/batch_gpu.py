@@ -36,6 +36,8 @@ def main(
     new_tokens: int = 128,
     long_prompt: Annotated[int, typer.Option(help="Of one request in the last row.")] = 6000,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("This benchmark needs an NVIDIA GPU.")
     device = torch.device("cuda", torch.cuda.current_device())
     config = shape(name)
     engine = Engine(

@@ -56,6 +56,8 @@ def main(
     tokens: int = 6144,
     repeats: int = 5,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("This benchmark needs an NVIDIA GPU.")
     config = shape(name)
     backend = select_backend(torch.device("cuda", 0), dtype=torch.float16)
     print("| weights | tokens/s, median | least to most | clock (MHz) | power (W) |")
