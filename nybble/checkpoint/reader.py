@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from nybble.checkpoint.ahead import read_ahead
 from nybble.checkpoint.files import file_errors, inside, read_json
 from nybble.checkpoint.header import TensorInfo, read_header
 from nybble.errors import CheckpointError
@@ -108,6 +109,13 @@ class Checkpoint:
             f"{info.file}: tensor {name!r} is {found} where {expected} is expected; take "
             "config.json and the weights from the same model and revision."
         )
+
+    def read_ahead(self, groups: Sequence[Sequence[str]]) -> Generator[int, None, None]:
+        """Give the index of each group of names, in turn, once its tensors are in memory.
+
+        Those of the next groups are read from the disk meanwhile. Close it to end early.
+        """
+        return read_ahead([[self.info(name) for name in group] for group in groups])
 
     def release(self, name: str) -> None:
         """Give the memory of a tensor that has been used back; a later use reads it again."""

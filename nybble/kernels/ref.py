@@ -9,6 +9,9 @@ from nybble.kernels import ref_cache
 from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn, Partial
 from nybble.kernels.matrix import QuantMatrix
 
+# Weights rounded at a time: what is made of them on the way stays in the processor's cache.
+_PIECE = 2**19
+
 
 def unpack(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
     """GPTQ words int32 (ceil(rows / pack), N) -> codes int32 (rows, N)."""
@@ -38,7 +41,8 @@ def gather_inputs(x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
 
 def quantize_dense(weight: torch.Tensor, bits: int = 8, group_size: int = 32) -> QuantMatrix:
     """Round weight (N, K) to nearest, symmetric: steps of largest magnitude / 127 (4 bits: 7)."""
-    pieces = [_quantize_rows(piece, bits, group_size) for piece in torch.split(weight, 4096)]
+    rows = max(1, _PIECE // weight.shape[1])
+    pieces = [_quantize_rows(piece, bits, group_size) for piece in torch.split(weight, rows)]
     words, scales = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
     half = scales.to(torch.float16)
     if torch.equal(half.float(), scales):

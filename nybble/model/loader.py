@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -43,11 +44,14 @@ def load_decoder(
     loader = Loader(checkpoint, config, backend, dtype, host_embedding)
     loader.check_names()
     layers = []
-    for index in range(config.num_layers):
-        layers.append(loader.layer(index))
-        if progress is not None:
-            progress(index + 1, config.num_layers)
-    return loader.decoder(tuple(layers))
+    with closing(checkpoint.read_ahead(loader.groups())) as ready:
+        for index in range(config.num_layers):
+            next(ready)
+            layers.append(loader.layer(index))
+            if progress is not None:
+                progress(index + 1, config.num_layers)
+        next(ready)
+        return loader.decoder(tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,14 @@ class Loader:
         return linears
 
     # -- reading ---------------------------------------------------------------------------
+
+    def groups(self) -> list[list[str]]:
+        """The names of each layer's tensors, in turn; last those outside of the layers."""
+        layer, stored = NAMES[self.config.family].layer, self.checkpoint.names()
+        prefixes = [layer.format(index) for index in range(self.config.num_layers)]
+        groups = [[name for name in stored if name.startswith(prefix)] for prefix in prefixes]
+        inside = {name for group in groups for name in group}
+        return [*groups, [name for name in stored if name not in inside]]
 
     def layer(self, index: int) -> Layer:
         norms = {field: self._norm(name) for field, name in self._norm_names(index)}
