@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -22,7 +22,9 @@ _KEY_GROUP = 64  # kGroup of attention.cuh
 _HEADS = 8  # query heads of a decode block
 _UNITS = 1 << 16  # most (sequence, tile of heads) pairs of a step
 _QUERIES, _KEYS = 128, 64  # of a prefill block and its tiles
+_FEW_KEYS = 32  # of a tile where shared memory is short
 _ROPE_WARPS = 8
+_STATIC_SHARED = 1024  # what a kernel declares itself, and more
 
 
 class _Cache(ctypes.Structure):
@@ -109,6 +111,12 @@ class DecodePlan:
         stage = self.tile * (2 * row + padding + 2 * _scale_bytes(kind, head_dim))
         return self.warps * self.stages * stage
 
+    def fitted(self, kind: str, head_dim: int, limit: int) -> DecodePlan:
+        """The plan with as many of its stages as `limit` bytes of shared memory hold."""
+        if self.stages > 2 and self.shared_bytes(kind, head_dim) > limit:
+            return replace(self, stages=self.stages - 1).fitted(kind, head_dim, limit)
+        return self
+
 
 # Measured on an H100: docs/decisions/006-gpu-attention.md.
 DECODE_PLANS = {
@@ -135,11 +143,16 @@ def _code_bytes(kind: str, head_dim: int) -> int:
     return 2 * _KEYS * (row_bytes(kind, head_dim) + scales) if scales else 0
 
 
-def _prefill_bytes(kind: str, head_dim: int) -> int:
-    """Shared memory of attention_prefill.cu."""
+def prefill_tile(kind: str, head_dim: int, limit: int) -> tuple[int, int]:
+    """Keys of a tile of attention_prefill.cu, and its shared memory, of which there is `limit`."""
     codes = _code_bytes(kind, head_dim)
     buffers = 1 if codes else 2
-    return (_QUERIES + 2 * buffers * _KEYS) * (head_dim * 2 + 16) + codes
+
+    def shared_bytes(keys: int) -> int:
+        return (_QUERIES + 2 * buffers * keys) * (head_dim * 2 + 16) + codes
+
+    keys = _KEYS if codes or shared_bytes(_KEYS) <= limit else _FEW_KEYS
+    return keys, shared_bytes(keys)
 
 
 def _hopper_bytes(kind: str, head_dim: int) -> int:
@@ -186,6 +199,7 @@ class PagedAttention:
         self._plans = DECODE_PLANS if plans is None else plans
         self._multiprocessors = properties.multi_processor_count
         self._shared = properties.shared_memory_per_multiprocessor
+        self._block_shared = properties.shared_memory_per_block_optin - _STATIC_SHARED
         self._dependent = properties.major >= 9 if dependent is None else dependent
         self._hopper = properties.major == 9 if hopper is None else hopper
         self._finished = torch.zeros(_UNITS, dtype=torch.int32, device=device)
@@ -247,8 +261,8 @@ class PagedAttention:
     def _decode(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, results: _Results
     ) -> None:
-        plan = self._plans[layer.kind]
         _, heads, head_dim = q.shape
+        plan = self._plans[layer.kind].fitted(layer.kind, head_dim, self._block_shared)
         kv_heads, sequences = layer.keys.shape[1], len(batch.lengths)
         head_tiles = -(-(heads // kv_heads) // _HEADS)
         units = sequences * kv_heads * head_tiles
@@ -288,13 +302,15 @@ class PagedAttention:
             *(heads, query_tiles, scale * _LOG2_E),
             *_pointers(results.lse),
         )
+        defines = results.defines()
         if self._hopper and head_dim == 128:  # the source says why
             name, threads = "attention_hopper", 384
             shared_bytes = _hopper_bytes(layer.kind, head_dim)
         else:
             name, threads = "attention_prefill", 128
-            shared_bytes = _prefill_bytes(layer.kind, head_dim)
-        run = self._kernel(name, layer, results.defines(), shared_bytes)
+            tile, shared_bytes = prefill_tile(layer.kind, head_dim, self._block_shared)
+            defines["TILE"] = tile
+        run = self._kernel(name, layer, defines, shared_bytes)
         blocks = query_tiles * heads * len(batch.lengths)
         run.launch((blocks, 1), threads, arguments, dependent=self._dependent)
 

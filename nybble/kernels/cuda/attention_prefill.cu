@@ -1,8 +1,8 @@
 // Causal attention of many new tokens of a sequence over its paged keys and values: bound by the
 // tensor cores. Dao 2023, "FlashAttention-2".
 //
-// A block takes 128 queries of one head, 32 a warp; tiles of 64 keys pass through shared memory,
-// where a 16-bit cache's next tile arrives while one is multiplied. Codes arrive in a buffer of
+// A block takes 128 queries of one head, 32 a warp; tiles of TILE keys (64, or 32 where shared memory
+// is short) pass through shared memory, where a 16-bit cache's next one arrives while one is multiplied. Codes arrive in a buffer of
 // their own and are widened to fp16. Scores, probabilities and sums never leave the registers.
 //
 // Lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 of a 16-row tile, columns 2 t, 2 t + 1.
@@ -12,7 +12,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kQueries = 128;                    // of a block
 constexpr int kRowTiles = kQueries / kWarps / 16;  // of a warp
-constexpr int kKeys = 64;                        // of a tile
+constexpr int kKeys = TILE;                      // of a tile
 constexpr int kKeyTiles = kKeys / 8;             // columns of scores, 8 a product
 constexpr int kDimTiles = HEAD_DIM / 8;          // columns of the output
 constexpr int kStride = HEAD_DIM * 2 + 16;       // of a row in shared memory: no bank conflicts
