@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,36 @@ from nybble.model.rope import Positions
 _SHORTEST = 1024
 
 
+@dataclass(frozen=True)
+class Capture:
+    """Where graphs that run at different times are captured: one stream and one pool of memory.
+
+    Libraries keep memory for each stream for good, so that the warm-up runs on the same one. A
+    pool whose last graph is gone cannot be captured into again.
+    """
+
+    device: torch.device
+    stream: Any
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> Capture:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return cls(device, stream, torch.cuda.graph_pool_handle())
+
+    def emptied(self) -> Capture:
+        """For the graphs that come after all that were captured here have been dropped."""
+        return Capture(self.device, self.stream, torch.cuda.graph_pool_handle())
+
+
 class DecodeGraph:
     """Greedy decoding of `sequences` sequences, one token each a replay.
 
     positions: factors by row; a sequence's position p has row first_rows + p. max_length bounds
     the keys while this graph is used. scratch_page, scratch_seat: of the store and owned by nobody,
-    for the writes of rows without a sequence. pool: of memory, shared with graphs that run at
-    other times. Whoever samples otherwise than greedily reads
-    `logits` and loads other ids before the next replay.
+    for the writes of rows without a sequence. capture: shared with graphs that run at other
+    times. Whoever samples otherwise than greedily reads `logits` and loads other ids before the
+    next replay.
 
     Buffers on the device, set by `load`: ids int64 (sequences,), the tokens to feed next; int32
     lengths, the keys that are cached, first_rows and seats (sequences,); pages (sequences, most
@@ -42,7 +65,7 @@ class DecodeGraph:
         max_length: int,
         scratch_page: int,
         scratch_seat: int = 0,
-        pool: Any = None,
+        capture: Capture | None = None,
     ) -> None:
         device = decoder.backend.device
         pages = -(-max_length // store.page_size)
@@ -54,8 +77,7 @@ class DecodeGraph:
         self.seats = torch.full((sequences,), scratch_seat, dtype=torch.int32, device=device)
         self.pages = torch.full((sequences, pages), scratch_page, dtype=torch.int32, device=device)
         self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-        self._pool = pool
-        self.logits = self._captured()
+        self.logits = self._captured(capture)
 
     @torch.inference_mode()
     def load(
@@ -80,18 +102,19 @@ class DecodeGraph:
         """Feed `ids`, put the best next ones in their place; returns before it is done."""
         self._graph.replay()
 
-    def _captured(self) -> torch.Tensor:
+    def _captured(self, capture: Capture | None) -> torch.Tensor:
         """Warm up (kernels compile, libraries allocate), then capture."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.lengths.zero_()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self._pool):
-            return self._step()
+        at = capture or Capture.on(self.ids.device)
+        with torch.cuda.device(at.device):
+            at.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(at.stream):
+                for _ in range(2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(at.stream)
+            self.lengths.zero_()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=at.pool, stream=at.stream):
+                return self._step()
 
     @torch.inference_mode()
     def _step(self) -> torch.Tensor:
@@ -140,8 +163,8 @@ class DecodeGraphs:
         self.decoder, self.store = decoder, store
         self.scratch_page, self.scratch_seat = scratch_page, scratch_seat
         self._graph_type = graph_type
-        on_gpu = decoder.backend.device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        device = decoder.backend.device
+        self._capture = Capture.on(device) if device.type == "cuda" else None
         self._positions: Positions | None = None
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
 
@@ -151,6 +174,7 @@ class DecodeGraphs:
         """fp32 logits (chunks, vocab) after the one token of each chunk."""
         if positions is not self._positions:  # the table moved: what was captured points nowhere
             self._graphs.clear()
+            self._capture = self._capture and self._capture.emptied()
             self._positions = positions
         length = max(chunk.end for chunk in chunks)
         graph = self._graph(positions, bucket(len(chunks), 1), bucket(length, _SHORTEST))
@@ -178,7 +202,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             free = self.scratch_page, self.scratch_seat
             self._graphs[key] = self._graph_type(
-                self.decoder, self.store, positions, sequences, length, *free, self._pool
+                self.decoder, self.store, positions, sequences, length, *free, self._capture
             )
         return self._graphs[key]
 

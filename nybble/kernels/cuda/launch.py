@@ -55,7 +55,9 @@ class Kernel:
         attributes = [_programmatic(driver)] if dependent else []
         config.attrs, config.numAttrs = attributes, len(attributes)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(parameters), 0))
+        where = ctypes.addressof(parameters)
+        with torch.cuda.device(self._index):  # stream 0 is that of the current device
+            _checked(driver.cuLaunchKernelEx(config, self._function, where, 0))
 
 
 def kernel(

@@ -110,14 +110,15 @@ class TritonLinear:
         slices = max(1, min(all_steps, _WANTED_BLOCKS // (across * down)))
         steps = triton.cdiv(all_steps, slices)
         sums = torch.empty(slices, tokens, outputs, dtype=torch.float32, device=x.device)
-        _gemm[(across, down, slices)](
-            *(x, self._words, self._scales, self._zeros, sums),
-            *(tokens, outputs, matrix.rows, self._group_size, steps),
-            bits=matrix.bits,
-            asym=matrix.zeros is not None,
-            block_m=block_m,
-            block_n=_BLOCK_N,
-            block_k=self._block_k,
-        )
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # triton takes the current one
+            _gemm[(across, down, slices)](
+                *(x, self._words, self._scales, self._zeros, sums),
+                *(tokens, outputs, matrix.rows, self._group_size, steps),
+                bits=matrix.bits,
+                asym=matrix.zeros is not None,
+                block_m=block_m,
+                block_n=_BLOCK_N,
+                block_k=self._block_k,
+            )
         y = sums.sum(0)
         return (y if self._bias is None else y + self._bias).to(x.dtype)

@@ -7,7 +7,7 @@ import torch
 import toy
 
 from nybble.cache.store import KVStore
-from nybble.engine.decode_graph import DecodeGraph, DecodeGraphs, bucket
+from nybble.engine.decode_graph import Capture, DecodeGraph, DecodeGraphs, bucket
 from nybble.sampling import SamplingParams
 
 PROMPTS = [list(range(10, 20 + 9 * n)) for n in range(5)]
@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=90)
 
 class EagerGraph(DecodeGraph):
     @torch.inference_mode()
-    def _captured(self) -> torch.Tensor:
+    def _captured(self, capture: Capture | None) -> torch.Tensor:
         logits = self._step()  # warm-up, which must leave no trace in pages that are owned
         self.lengths.zero_()
         return logits
