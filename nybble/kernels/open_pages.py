@@ -37,7 +37,7 @@ def attention(
     for cache, where, closed in ((layer, batch, True), (pages, step.batch, False)):
         q = backend.rope_store(*qkv, *rotary, cache, where)
         if query_scale is not None:
-            q = q * query_scale
+            q = (q * query_scale).to(q.dtype)
         parts.append(backend.partial_attention(q, cache, where, scale, closed=closed))
     if step.keeps is not None:
         _copy(pages, layer.seats, *step.keeps)

@@ -11,6 +11,8 @@ from nybble.kernels.matrix import QuantMatrix
 
 # Weights rounded at a time: what is made of them on the way stays in the processor's cache.
 _PIECE = 2**19
+# Scores of attention held at a time, so that memory does not grow with the square of a prompt.
+_SCORES = 2**26
 
 
 def unpack(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
@@ -182,6 +184,11 @@ def _attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Like RefBackend.attend, and ln of each row's sum; seen (tokens,): how many keys it sees."""
+    rows = max(1, _SCORES // (q.shape[1] * max(1, keys.shape[1])))
+    if len(q) > rows:
+        pieces = zip(torch.split(q, rows), torch.split(seen, rows), strict=True)
+        parts = [_attend(some, keys, values, scale, count) for some, count in pieces]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     group = q.shape[1] // len(keys)
     k, v = (x.repeat_interleave(group, 0) for x in (keys, values))  # (heads, length, head_dim)
     scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * scale

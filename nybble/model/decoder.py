@@ -110,7 +110,7 @@ class Decoder:
             return out.index_select(0, batch.ends) if last else out
         q = self.backend.rope_store(q, k, v, at.cos, at.sin, cache, batch)
         if at.query_scale is not None:
-            q = q * at.query_scale
+            q = (q * at.query_scale).to(q.dtype)
         if last:
             q, batch = q.index_select(0, batch.ends), batch.of_ends()
         return self.backend.attention(q, cache, batch, scale)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nybble.kernels import ref as reference
 from nybble.kernels.ref import dequantize, quantize_dense, unpack
 
 
@@ -61,3 +62,10 @@ def test_quantize_dense_gives_q8_0_back():
     assert torch.equal(unpack(matrix.words, 8, 128).t(), codes.flatten(1).int() + 128)
     # Three roundings to 11 bits: the weight, the block's largest weight, the scale.
     torch.testing.assert_close(dequantize(matrix).t(), weight.float(), rtol=3 * 2**-11, atol=1e-7)
+
+
+def test_attention_in_slices_is_attention(ref, monkeypatch):
+    q, keys, values = torch.randn(9, 4, 16), torch.randn(2, 20, 16), torch.randn(2, 20, 16)
+    whole = ref.attend(q, keys, values, 0.25)
+    monkeypatch.setattr(reference, "_SCORES", 4 * 20 * 2)  # two queries at a time
+    assert torch.equal(ref.attend(q, keys, values, 0.25), whole)

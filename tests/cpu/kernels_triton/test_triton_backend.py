@@ -7,11 +7,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from nybble.checkpoint import Checkpoint
+from nybble.engine import replay
 from nybble.errors import ConfigError
 from nybble.kernels import choose_backend
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.cuda.triton_backend import TritonBackend
 from nybble.kernels.ref import RefBackend
+from nybble.model import read_model_config
+from nybble.model.loader import load_decoder
 
 
 @pytest.mark.parametrize("tokens", [3, 70])
@@ -47,3 +51,18 @@ def test_older_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="triton: torch finds no NVIDIA GPU"):
         choose_backend("cuda", prefer="triton")
+
+
+def test_logn_beyond_the_trained_context_stays_in_16_bits(data):
+    """The factor of the queries is fp32, which must not spread to what follows."""
+    config = read_model_config(data / "qwen1-ntk-logn")
+    checkpoint = Checkpoint.open(data / "qwen1-ntk-logn")
+    ids = list(range(5, config.trained_context + 9))
+    results = [
+        replay.logits(load_decoder(checkpoint, config, backend, dtype), ids, kind, 1.0, 512)
+        for backend, dtype, kind in (
+            (TritonBackend("cpu", torch.float16), torch.float16, "float16"),
+            (RefBackend(), torch.float32, "float32"),
+        )
+    ]
+    assert torch.allclose(*results, atol=0.05)
