@@ -22,7 +22,7 @@ from nybble.model.loader import load_decoder
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from nybble.kernels.cuda import selftest
+from nybble.kernels.cuda import selftest, selftest_ops
 from nybble.kernels.cuda.backend import CudaBackend
 
 KINDS = ["float16", "bfloat16", "int8", "int6", "int4"]
@@ -62,7 +62,7 @@ def test_products(random):
 def test_self_test_passes(head_dim, kind):
     for dtype in (torch.float16, torch.bfloat16):
         backend = CudaBackend("cuda", dtype)
-        selftest.check(backend, selftest.Shape(14, 2, head_dim, 896, kind))
+        selftest_ops.check(backend, selftest_ops.Shape(14, 2, head_dim, 896, kind))
 
 
 class Broken(CudaBackend):
@@ -106,7 +106,7 @@ def test_self_test_finds_faults(fault, kind):
     backend = Broken("cuda")
     backend.fault = fault
     with pytest.raises(ConfigError, match=fault):
-        selftest.check(backend, selftest.Shape(4, 4, 128, 512, kind))
+        selftest_ops.check(backend, selftest_ops.Shape(4, 4, 128, 512, kind))
 
 
 @pytest.mark.parametrize("fault", ["partial_attention", "merge_attention"])
@@ -114,7 +114,7 @@ def test_self_test_finds_faults_of_open_pages(fault):
     backend = Broken("cuda")
     backend.fault = fault
     with pytest.raises(ConfigError, match="open pages"):
-        selftest.check(backend, selftest.Shape(4, 4, 128, 512, "int4"))
+        selftest_ops.check(backend, selftest_ops.Shape(4, 4, 128, 512, "int4"))
 
 
 def test_self_test_of_matrices(random, monkeypatch):

@@ -10,8 +10,9 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels import ref
 from nybble.kernels.cuda import linear as cuda_linear
-from nybble.kernels.cuda.linear import CudaLinear
-from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan
+from nybble.kernels.cuda.linear import CudaLinear, layout_of
+from nybble.kernels.cuda.packing import pack
+from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan, fitted
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.matrix import QuantMatrix
 
@@ -73,7 +74,8 @@ def test_every_plan(plan, bits, inputs, random):
         pytest.skip("needs compute capability 9.0")
     matrix = random_matrix(inputs, 600, bits=bits, group_size=64, random=random)
     for paired in (False, True):
-        linear = CudaLinear(matrix, paired=paired, plan=plan)
+        packed = pack(matrix, paired=paired)
+        linear = CudaLinear(packed, plan=fitted(plan, layout_of(packed, torch.float16)))
         for tokens in (1, 30, 200):
             x = inputs_for(matrix, tokens, torch.float16)
             want = product(x, matrix)

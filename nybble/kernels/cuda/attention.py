@@ -199,7 +199,8 @@ class PagedAttention:
         self._plans = DECODE_PLANS if plans is None else plans
         self._multiprocessors = properties.multi_processor_count
         self._shared = properties.shared_memory_per_multiprocessor
-        self._block_shared = properties.shared_memory_per_block_optin - _STATIC_SHARED
+        block_shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        self._block_shared = block_shared - _STATIC_SHARED
         self._dependent = properties.major >= 9 if dependent is None else dependent
         self._hopper = properties.major == 9 if hopper is None else hopper
         self._finished = torch.zeros(_UNITS, dtype=torch.int32, device=device)

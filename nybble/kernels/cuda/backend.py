@@ -12,6 +12,7 @@ from nybble.kernels.cuda.attention import PagedAttention
 from nybble.kernels.cuda.compiler import binding
 from nybble.kernels.cuda.linear import CudaLinear
 from nybble.kernels.cuda.packing import refusal
+from nybble.kernels.cuda.precision import sums_in_fp32
 from nybble.kernels.cuda.rows import RowKernels
 from nybble.kernels.matrix import QuantMatrix
 
@@ -109,7 +110,8 @@ class CudaBackend:
         bias = None if bias is None else bias.to(self.device, self.dtype)
 
         def linear(x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x, weight, bias)
+            with sums_in_fp32():
+                return F.linear(x, weight, bias)
 
         return linear
 

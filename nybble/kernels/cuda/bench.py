@@ -19,7 +19,7 @@ import torch
 
 from nybble.kernels.cuda.launch import kernel
 from nybble.kernels.cuda.linear import CudaLinear
-from nybble.kernels.cuda.plans import Plan
+from nybble.kernels.cuda.plans import Plan, fitted
 from nybble.kernels.cuda.samples import random_matrix
 
 # name: inputs, outputs, gate and up in one matrix
@@ -82,7 +82,13 @@ def with_options(
 ) -> list[CudaLinear]:
     """The same weights under other settings."""
     return [
-        CudaLinear(one.matrix, dtype=one.dtype, plan=plan, dependent=dependent) for one in linears
+        CudaLinear(
+            one.matrix,
+            dtype=one.dtype,
+            plan=None if plan is None else fitted(plan, one.layout),
+            dependent=dependent,
+        )
+        for one in linears
     ]
 
 

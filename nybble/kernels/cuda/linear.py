@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -16,11 +14,11 @@ from nybble.kernels.cuda.plans import (
     HopperPlan,
     Layout,
     Plan,
-    fitted,
     group_define,
     inverse,
     plan_for,
 )
+from nybble.kernels.cuda.precision import sums_in_fp32
 from nybble.kernels.matrix import QuantMatrix
 
 _THREADS = 256  # of the kernels in dense.cu
@@ -75,6 +73,7 @@ class CudaLinear:
     x is (tokens, K) of `dtype` (fp16 or bf16), y (tokens, N), or (tokens, N / 2) where paired.
     Sums are in fp32. `dependent` uses programmatic dependent launch; by default wherever the
     GPU has it. Calls can be captured in a CUDA graph once one call of that batch size was made.
+    plan: one that fits the matrix (plans.fitted), for every batch in place of the table's.
     """
 
     def __init__(
@@ -97,9 +96,9 @@ class CudaLinear:
         self._bias = None if bias is None else bias.to(self.device, dtype).contiguous()
         properties = torch.cuda.get_device_properties(self.device)
         self._dependent = properties.major >= 9 if dependent is None else dependent
-        self._gpu = Gpu(properties.multi_processor_count, hopper=properties.major == 9)
-        self._layout = _layout(packed, dtype)
-        self._plan = None if plan is None else fitted(plan, self._layout)
+        self.gpu = Gpu(properties.multi_processor_count, hopper=properties.major == 9)
+        self.layout = layout_of(packed, dtype)
+        self._plan = plan
         self._kernels: dict[Plan | str, Kernel] = {}
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -108,7 +107,7 @@ class CudaLinear:
         tokens = x.shape[0]
         if tokens == 0:
             return x.new_empty(0, self.outputs)
-        plan = self._plan or plan_for(tokens, self._layout, self._gpu)
+        plan = self._plan or plan_for(tokens, self.layout, self.gpu)
         if plan is None:
             return self._dense_product(self._plain_inputs(x), residual)
         if isinstance(plan, HopperPlan):
@@ -186,13 +185,17 @@ class CudaLinear:
             *(tokens, stride, self.outputs, m.tiles),
             *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
         )
+        grid = plan.grid(tokens, m.tiles)
+        self.load(plan).launch(grid, plan.threads, arguments, dependent=self._dependent)
+        return y
+
+    def load(self, plan: Plan) -> Kernel:
+        """The kernel of a plan; the first time it is compiled and loaded."""
         if plan not in self._kernels:
             self._kernels[plan] = self._kernel(
                 plan.name, plan.name, plan.pieces, plan.defines(), plan.shared_bytes
             )
-        grid = plan.grid(tokens, m.tiles)
-        self._kernels[plan].launch(grid, plan.threads, arguments, dependent=self._dependent)
-        return y
+        return self._kernels[plan]
 
     def _dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """For batches that are bound by arithmetic: dequantise a slab, multiply by cuBLAS."""
@@ -202,7 +205,7 @@ class CudaLinear:
         y = x.new_empty(x.shape[0], self.outputs) if residual is None or m.paired else residual
         columns = TILE // 2 if m.paired else TILE
         step = max(1, SLAB_BYTES // (TILE * m.rows * self.dtype.itemsize))
-        with _sums_in_fp32():
+        with sums_in_fp32():
             for first in range(0, m.tiles, step):
                 count = min(step, m.tiles - first)
                 dense = self.dequantize(first, count)
@@ -263,14 +266,14 @@ class CudaLinear:
             "SCALE": _SCALE_CODES[m.scales.dtype],
             "ASYM": int(m.zeros is not None),
             "PAIRED": int(m.paired),
-            "GROUP": group_define(self._layout, pieces),
+            "GROUP": group_define(self.layout, pieces),
             **shape,
         }
         items = tuple(sorted(defines.items()))
         return kernel(f"{source}.cu", name, items, self.device, shared_bytes)
 
 
-def _layout(matrix: PackedMatrix, dtype: torch.dtype) -> Layout:
+def layout_of(matrix: PackedMatrix, dtype: torch.dtype) -> Layout:
     return Layout(
         bits=matrix.bits,
         rows=matrix.rows,
@@ -289,18 +292,3 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
     return tuple(None if t is None else t.data_ptr() for t in tensors)
-
-
-@contextmanager
-def _sums_in_fp32() -> Iterator[None]:
-    """cuBLAS may otherwise add the parts of a split K in fp16, which can overflow."""
-    settings = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
-    try:
-        for name in names:
-            setattr(settings, name, False)
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(settings, name, value)

@@ -94,7 +94,7 @@ def pack(matrix: QuantMatrix, *, paired: bool = False) -> PackedMatrix:
             f"{matrix.out_features} outputs are no pair of gate and up: pack them separately."
         )
     group_size = matrix.group_size if matrix.scales.shape[0] > 1 else 0
-    rows = _round_up(matrix.rows, max(PIECE, group_size if group_size in SHORT_GROUPS else 0))
+    rows = padded_rows(matrix.rows, group_size)
     groups = rows // group_size if group_size in SHORT_GROUPS else matrix.scales.shape[0]
     zeros = matrix.zeros
     return PackedMatrix(
@@ -110,8 +110,10 @@ def pack(matrix: QuantMatrix, *, paired: bool = False) -> PackedMatrix:
     )
 
 
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
+def padded_rows(rows: int, group_size: int) -> int:
+    """Inputs as stored; group_size is 0 where there is only one group."""
+    unit = max(PIECE, group_size if group_size in SHORT_GROUPS else 0)
+    return -(-rows // unit) * unit
 
 
 def _tiled(columns: torch.Tensor, paired: bool) -> torch.Tensor:

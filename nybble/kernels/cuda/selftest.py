@@ -1,82 +1,118 @@
-"""At load: every kernel of the attention and of the rows against the reference, on random tiles.
+"""At load: every kernel that a model will run against the reference, on random tiles.
 
 A wrong driver, compiler or GPU is found here, in milliseconds, and not in an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
-from nybble.config import KV_OPEN, ModelConfig, QuantConfig
-from nybble.errors import ConfigError
-from nybble.kernels import open_pages, ref_cache
-from nybble.kernels.backend import (
-    KV_DTYPES,
-    Backend,
-    Batch,
-    KVLayer,
-    OpenStep,
-    scales_shape,
-    stored_width,
-)
+from nybble.config import ModelConfig, QuantConfig
 from nybble.kernels.cuda.backend import CudaBackend
+from nybble.kernels.cuda.linear import CudaLinear
+from nybble.kernels.cuda.packing import SHORT_GROUPS, TILE, pack, padded_rows, refusal
+from nybble.kernels.cuda.plans import Gpu, Layout, Plan, plan_for
 from nybble.kernels.cuda.samples import random_matrix
+from nybble.kernels.cuda.selftest_ops import Shape, check, compare, normal
 from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import RefBackend
 
-_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
-_REGIMES = (1, 12, 48, 100, 1100)  # tokens: one for each kind of matrix kernel
-_INPUTS, _OUTPUTS = 1024, 256
-Spans = Sequence[tuple[int, int]]  # positions of each sequence's new tokens: first, last + 1
-_LENGTH = 150  # keys of either sequence in the end
-# Two prompts; then a token of one sequence beside a prompt of the other.
-_STEPS: tuple[Spans, ...] = (((0, 149), (0, 80)), ((149, _LENGTH), (80, _LENGTH)))
+_TOKENS = (*range(1, 65), *range(80, 1100, 16))  # into every row of the plans' tables, and beyond
+_INPUTS, _OUTPUTS = 1024, 256  # of the matrix that stands for the model's
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a model decides which kernels run."""
+class Variant(NamedTuple):
+    """A matrix kernel; plan None: dequantised weights and cuBLAS."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    kv_kind: str
-    page_size: int = 64
+    plan: Plan | None
+    paired: bool
 
 
 def check_model(backend: CudaBackend, config: ModelConfig, kv_kind: str) -> None:
-    """All of them for a model, in each regime of its matrices. Raises ConfigError."""
+    """Raises ConfigError, naming the kernel, where a result is off."""
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     check(backend, Shape(*heads, config.hidden_size, kv_kind))
     if config.quant is not None:
-        matrix = _random_matrix(backend, config.quant)
-        for tokens in _REGIMES:
-            check_linear(backend, matrix, tokens)
-
-
-def check(backend: CudaBackend, shape: Shape) -> None:
-    """Raises ConfigError, naming the kernel, where a result is off."""
-    reference = RefBackend(backend.device, backend.dtype)
-    random = torch.Generator(backend.device).manual_seed(0)
-    _check_rows(backend, reference, shape, random)
-    _check_attention(backend, reference, shape, random)
+        _check_products(backend, config, config.quant)
 
 
 def check_linear(backend: CudaBackend, matrix: QuantMatrix, tokens: int = 3) -> None:
-    """Raises ConfigError where the kernel of this matrix is off; of the sizes that will run."""
-    random = torch.Generator(backend.device).manual_seed(0)
-    x = _normal(backend, random, tokens, matrix.in_features)
+    """Raises ConfigError where what the backend makes of this matrix is off."""
+    x = normal(backend, _seeded(backend), tokens, matrix.in_features)
     want = RefBackend(backend.device, backend.dtype).quant_linear(matrix, None)(x)
-    _compare(f"matrix ({matrix.bits} bits)", backend.quant_linear(matrix, None)(x), want)
+    compare(f"matrix ({matrix.bits} bits)", backend.quant_linear(matrix, None)(x), want)
 
 
-def _random_matrix(backend: CudaBackend, quant: QuantConfig) -> QuantMatrix:
-    """A small one with the grid of the model's."""
-    random = torch.Generator(backend.device).manual_seed(0)
+def variants(config: ModelConfig, quant: QuantConfig, exact: bool, gpu: Gpu) -> dict[Variant, int]:
+    """The kernels of a model's products, each with a number of tokens that takes it.
+
+    exact: see Layout.exact_scales.
+    """
+    found: dict[Variant, int] = {}
+    for layout in layouts(config, quant, exact):
+        for tokens in _TOKENS:
+            found.setdefault(Variant(plan_for(tokens, layout, gpu), layout.paired), tokens)
+    return found
+
+
+def layouts(config: ModelConfig, quant: QuantConfig, exact: bool) -> Iterator[Layout]:
+    """Of the four matrices of a block, as they will be packed."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    shapes = (
+        (hidden, config.q_size + 2 * config.kv_size, False),
+        (config.q_size, hidden, False),
+        (hidden, 2 * width, True),
+        (width, hidden, False),
+    )
+    for inputs, outputs, paired in shapes:
+        size = quant.group_size if 0 < quant.group_size < inputs else 0
+        rows = padded_rows(inputs, size)
+        groups = -(-(rows if size in SHORT_GROUPS else inputs) // size) if size else 1
+        half = TILE // 2
+        tiles = -(-(outputs // 2) // half) if paired else -(-outputs // TILE)
+        yield Layout(quant.bits, rows, tiles, groups, size or rows, exact, paired)
+
+
+def _check_products(backend: CudaBackend, config: ModelConfig, quant: QuantConfig) -> None:
+    random = _seeded(backend)
+    matrix = _small_matrix(backend, quant, random)
+    if refusal(matrix) is not None:
+        check_linear(backend, matrix)
+        return
+    packed = {paired: pack(matrix, paired=paired) for paired in (False, True)}
+    some = CudaLinear(packed[False], dtype=backend.dtype)
+    tokens = variants(config, quant, some.layout.exact_scales, some.gpu)
+    linears = {
+        variant: CudaLinear(packed[variant.paired], dtype=backend.dtype, plan=variant.plan)
+        for variant in tokens
+    }
+    _load(linears)
+    reference = RefBackend(backend.device, backend.dtype)
+    product = reference.quant_linear(matrix, None)
+    for variant, linear in linears.items():
+        x = normal(backend, random, tokens[variant], matrix.in_features)
+        want = reference.silu_mul(product(x)) if variant.paired else product(x)
+        compare(f"matrix ({matrix.bits} bits, {len(x)} tokens)", linear(x), want)
+
+
+def _load(linears: dict[Variant, CudaLinear]) -> None:
+    """Side by side: compiling one takes a core some tenths of a second."""
+    with ThreadPoolExecutor() as pool:
+        started = [
+            pool.submit(linear.load, variant.plan)
+            for variant, linear in linears.items()
+            if variant.plan is not None
+        ]
+        for one in started:
+            one.result()
+
+
+def _small_matrix(backend: CudaBackend, quant: QuantConfig, random: torch.Generator) -> QuantMatrix:
+    """With the grid of the model's."""
     return random_matrix(
         max(_INPUTS, quant.group_size),
         _OUTPUTS,
@@ -88,149 +124,5 @@ def _random_matrix(backend: CudaBackend, quant: QuantConfig) -> QuantMatrix:
     )
 
 
-def _check_rows(
-    backend: CudaBackend, reference: RefBackend, shape: Shape, random: torch.Generator
-) -> None:
-    x = _normal(backend, random, 3, 2 * shape.hidden_size)
-    _compare("silu_mul", backend.silu_mul(x), reference.silu_mul(x))
-    x, weight = x[:, : shape.hidden_size], x[2, shape.hidden_size :].contiguous()
-    got, want = (one.rms_norm(x, weight, 1e-6) for one in (backend, reference))
-    _compare("rms_norm", got, want)
-
-
-def _check_attention(
-    backend: CudaBackend, reference: RefBackend, shape: Shape, random: torch.Generator
-) -> None:
-    """Each step as it is with one kind of pages, then as an int4 cache takes it."""
-    table = _table(backend.device, len(_STEPS[0]), -(-_LENGTH // shape.page_size))
-    cache, expected = (_layer(backend.device, shape, table.numel()) for _ in range(2))
-    scale = shape.head_dim**-0.5
-    for spans in _STEPS:
-        step = _batch(table, spans, shape.page_size)
-        qkv, rotary = _inputs(backend, shape, len(step.slots), random)
-        turned = backend.rope_store(*qkv, *rotary, cache, step)
-        want = reference.rope_store(*qkv, *rotary, expected, step)
-        _compare("rope_store", turned, want)
-        got = backend.attention(turned, cache, step, scale)
-        want = reference.attention(turned, cache, step, scale)
-        _compare(f"attention ({shape.kv_kind} cache)", got, want)
-    _compare_caches(cache, expected)
-    if shape.kv_kind in KV_OPEN:
-        for spans in _STEPS:
-            step = _batch(table, spans, shape.page_size)
-            _check_open_pages(backend, reference, shape, cache, step, spans, random)
-
-
-def _check_open_pages(
-    backend: CudaBackend,
-    reference: RefBackend,
-    shape: Shape,
-    cache: KVLayer,
-    batch: Batch,
-    spans: Spans,
-    random: torch.Generator,
-) -> None:
-    """Seats stand for all pages in 16 bits; what they held before the step is random."""
-    size = shape.page_size
-    stretches = [
-        (max(begin, page) - page, min(end, page + size) - page)
-        for begin, end in spans
-        for page in range(begin // size * size, end, size)
-    ]
-    table = _table(backend.device, len(stretches), 1)
-    batch = replace(batch, open_step=OpenStep(_batch(table, stretches, size)))
-    slots = (2, len(stretches), shape.num_kv_heads, size, shape.head_dim)
-    held = _normal(backend, random, *slots).half()
-    seats = [KVLayer("float16", *held.clone()) for _ in range(2)]
-    qkv, rotary = _inputs(backend, shape, len(batch.slots), random)
-    kernels: tuple[Backend, Backend] = (backend, reference)
-    got, want = (
-        open_pages.attention(
-            one, qkv, rotary, replace(cache, seats=pages), batch, shape.head_dim**-0.5
-        )
-        for one, pages in zip(kernels, seats, strict=True)
-    )
-    _compare("attention (int4 cache, open pages)", got, want)
-    _compare_caches(*seats)
-
-
-def _inputs(
-    backend: CudaBackend, shape: Shape, tokens: int, random: torch.Generator
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Queries, keys and values as one product gives them; cosines and sines."""
-    heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-    qkv = _normal(backend, random, tokens, sum(heads), shape.head_dim)
-    q, k, v = torch.split(qkv, heads, dim=1)
-    size = (tokens, shape.head_dim // 2)
-    angles = torch.rand(size, device=backend.device, generator=random).mul_(6)
-    return (q, k, v), (angles.cos(), angles.sin())
-
-
-def _table(device: torch.device, sequences: int, pages: int) -> torch.Tensor:
-    """Pages for each sequence, in no plain order."""
-    count = sequences * pages
-    return torch.arange(count, dtype=torch.int32, device=device).view(sequences, pages).flip(1)
-
-
-def _batch(table: torch.Tensor, spans: Spans, page_size: int) -> Batch:
-    slots, starts = [], [0]
-    for pages, (begin, end) in zip(table.long(), spans, strict=True):
-        position = torch.arange(begin, end, device=table.device)
-        slots.append((pages[position // page_size] * page_size + position % page_size).int())
-        starts.append(starts[-1] + end - begin)
-    ends = [end for _, end in spans]
-    return Batch(
-        slots=torch.cat(slots),
-        pages=table,
-        starts=torch.tensor(starts, dtype=torch.int32, device=table.device),
-        lengths=torch.tensor(ends, dtype=torch.int32, device=table.device),
-        max_query=max(end - begin for begin, end in spans),
-        max_length=max(ends),
-    )
-
-
-def _layer(device: torch.device, shape: Shape, pages: int) -> KVLayer:
-    """An empty cache; what no step writes is NaN, or at least codes that mean nothing."""
-    slots = torch.Size((pages, shape.num_kv_heads, shape.page_size))
-    width = stored_width(shape.kv_kind, shape.head_dim)
-    dtype = KV_DTYPES[shape.kv_kind]
-    fill = torch.nan if dtype.is_floating_point else 77
-    scales = scales_shape(shape.kv_kind, slots, shape.head_dim)
-
-    def codes() -> torch.Tensor:
-        return torch.full((*slots, width), fill, dtype=dtype, device=device)
-
-    def steps() -> torch.Tensor | None:
-        if scales is None:
-            return None
-        return torch.full(scales, torch.nan, dtype=torch.float16, device=device)
-
-    return KVLayer(shape.kv_kind, codes(), codes(), steps(), steps())
-
-
-def _compare_caches(got: KVLayer, want: KVLayer) -> None:
-    """Codes may differ by one where a value lies between two; 16-bit numbers by a rounding."""
-    for name in ("keys", "values"):
-        a, b = (ref_cache.unpack(got.kind, getattr(layer, name)) for layer in (got, want))
-        if a.is_floating_point():
-            written = ~b.isnan()
-            _compare(f"rope_store ({name})", a[written], b[written])
-        elif bool(((a.int() - b.int()).abs() > 1).any()):
-            raise _off(f"rope_store ({name})", "by more than one step")
-
-
-def _normal(backend: CudaBackend, random: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, device=backend.device, generator=random).to(backend.dtype)
-
-
-def _compare(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    error = float((got.double() - want.double()).norm() / want.double().norm())
-    if not error < _TOLERANCE[want.dtype if want.dtype in _TOLERANCE else torch.float16]:
-        raise _off(name, f"by {error:.1e} of its size")
-
-
-def _off(name: str, amount: str) -> ConfigError:
-    return ConfigError(
-        f"The CUDA kernel {name} gives wrong results on this GPU ({amount}): update the driver "
-        "and nvidia-cuda-nvrtc, or run with the 'ref' kernels."
-    )
+def _seeded(backend: CudaBackend) -> torch.Generator:
+    return torch.Generator(backend.device).manual_seed(0)

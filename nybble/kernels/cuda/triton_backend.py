@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nybble.errors import ConfigError
 from nybble.kernels import ref
 from nybble.kernels.backend import Choice, LinearFn
+from nybble.kernels.cuda.precision import sums_in_fp32
 from nybble.kernels.matrix import QuantMatrix
 
 _LEAST_CAPABILITY = (7, 5)
@@ -54,14 +55,20 @@ class TritonBackend(ref.RefBackend):
                 result: torch.Tensor = few(x)
                 return result
             weight = ref.dequantize(matrix).to(x.dtype).t()
-            return F.linear(ref.gather_inputs(x, matrix), weight, bias)
+            with sums_in_fp32():
+                return F.linear(ref.gather_inputs(x, matrix), weight, bias)
 
         return linear
 
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         weight = weight.to(self.device, self.dtype)
         bias = None if bias is None else bias.to(self.device, self.dtype)
-        return lambda x: F.linear(x, weight, bias)
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            with sums_in_fp32():
+                return F.linear(x, weight, bias)
+
+        return linear
 
 
 def _kernels() -> ModuleType:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nybble.bench import shapes
+from nybble.config import QuantConfig, parse_model_config
+from nybble.kernels.cuda.linear import layout_of
+from nybble.kernels.cuda.packing import pack, refusal
 from nybble.kernels.cuda.plans import (
     ALL_PLANS,
     Gpu,
@@ -16,6 +23,8 @@ from nybble.kernels.cuda.plans import (
     inverse,
     plan_for,
 )
+from nybble.kernels.cuda.samples import random_matrix
+from nybble.kernels.cuda.selftest import layouts, variants
 
 H100 = Gpu(132, hopper=True)
 A100 = Gpu(108, hopper=False)
@@ -67,6 +76,34 @@ def test_chunks_fit_the_matrix(plan, bits, size, pieces):
 @given(st.integers(1, 4096), st.integers(0, 2**19))
 def test_division_by_the_inverse_is_exact(divisor, n):
     assert (n * inverse(divisor)) >> 31 == n // divisor
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [32, 64, 128, 192, 1000, -1])
+@pytest.mark.parametrize(("hidden", "width"), [(576, 1536), (1008, 1528)])
+def test_the_self_test_knows_how_matrices_are_packed(hidden, width, size, bits):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 8}
+    sizes = {"hidden_size": hidden, "intermediate_size": width, **heads}
+    config = parse_model_config({**toy.CONFIG, **sizes})
+    quant = QuantConfig(bits, size, desc_act=False, sym=True)
+    q, kv = hidden // 2, hidden // 4
+    matrices = ((hidden, q + 2 * kv), (q, hidden), (hidden, 2 * width), (width, hidden))
+    random = torch.Generator().manual_seed(0)
+    for number, found in enumerate(layouts(config, quant, exact=True)):
+        inputs, outputs = matrices[number]
+        group = size if 0 < size < inputs else -1
+        matrix = random_matrix(inputs, outputs, bits=bits, group_size=group, random=random)
+        if refusal(matrix) is None:
+            packed = pack(matrix, paired=number == 2)
+            assert found == layout_of(packed, torch.float16)
+
+
+def test_the_self_test_meets_every_kernel_of_the_72b():
+    config = shapes.shape("qwen-72b-int4")
+    found = variants(config, config.quant, True, H100)
+    for one in layouts(config, config.quant, exact=True):
+        for tokens in range(1, 2000):
+            assert (plan_for(tokens, one, H100), one.paired) in found
 
 
 def test_grids_cover_the_product():
