@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nybble.errors import ConfigError
+
 
 def cache_dir() -> Path:
-    """$NYBBLE_CACHE, else $XDG_CACHE_HOME/nybble, else ~/.cache/nybble. Not created here."""
+    """$NYBBLE_CACHE, else $XDG_CACHE_HOME/nybble, else ~/.cache/nybble. Not created here.
+
+    ConfigError where none of them is known.
+    """
     if path := os.environ.get("NYBBLE_CACHE"):
         return Path(path)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nybble"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "nybble"
+    try:
+        return Path.home() / ".cache" / "nybble"
+    except RuntimeError as error:
+        raise ConfigError(
+            "This user has no home folder to keep models and kernels in: set NYBBLE_CACHE to a "
+            "folder."
+        ) from error

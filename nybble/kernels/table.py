@@ -171,7 +171,7 @@ def self_test(backend: Backend, config: ModelConfig, kv_kind: str) -> None:
     """Each GPU kernel that this model will run, against the reference on a random tile.
 
     Takes milliseconds once the kernels are compiled. ConfigError names one that gives wrong
-    results. The CPU's kernels are tested where they are compiled.
+    results. The CPU's kernels are not tested here: their compiler is the system's own.
     """
     if backend.name == "cuda":
         from nybble.kernels.cuda import selftest

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "nybble"
 # Lowest first. A part may import itself and whatever stands on an earlier line.
 LAYERS = [
-    {"errors", "paths"},
+    {"errors"},
+    {"paths"},
     {"config", "sampling", "schema"},
     {"tokenizer", "tools", "checkpoint", "kernels"},
     {"quant", "cache"},

@@ -13,14 +13,13 @@ import tempfile
 from pathlib import Path
 
 from nybble.errors import NybbleError
-from nybble.paths import cache_dir
+from nybble.kernels.compiled import kernel_path, read_checked, write_checked
 
 SOURCES = Path(__file__).parent
 # -fwrapv: the integers that a NaN turns into may overflow; the row becomes NaN by its scale.
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fwrapv", "-fno-math-errno", "-Wno-psabi")
 # The first set that compiles is used: a compiler may lack OpenMP or not know this CPU.
 ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class BuildError(NybbleError):
@@ -33,17 +32,31 @@ def load(extra: tuple[str, ...] = ()) -> ctypes.CDLL:
     `extra` flags come last, so that they win. Raises BuildError with the compiler's words.
     """
     compiler = find_compiler()
-    cached = cache_dir() / "kernels" / f"{_key(compiler, extra)}.so"
-    if _intact(cached):
-        return _open(cached)
-    body = _compile(compiler, extra)
-    data = body + hashlib.sha256(body).digest()  # bytes behind an ELF image are ignored
-    if _write_atomically(cached, data):
-        return _open(cached)
-    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
-        path = Path(folder) / cached.name
-        path.write_bytes(data)
-        return _open(path)
+    complaint = ""
+    for attempt in ATTEMPTS:
+        flags = (*attempt, *extra)
+        cached = kernel_path(f"{_key(compiler, flags)}.so")
+        if read_checked(cached) is not None:  # a damaged one could crash dlopen
+            return _open(cached)
+        code, complaint = _compile(compiler, flags)
+        if code is not None:
+            return _kept(cached, code)
+    raise BuildError(
+        f"the C compiler {compiler[0]} cannot build the kernels ({complaint}): "
+        "repair it or set CC to another one, for kernels several times as fast."
+    )
+
+
+def _kept(cached: Path, code: bytes) -> ctypes.CDLL:
+    """Loaded from the cache, or where that cannot be written from a file that goes at once."""
+    try:
+        write_checked(cached, code)  # bytes behind an ELF image are ignored
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+            path = Path(folder) / cached.name
+            path.write_bytes(code)
+            return _open(path)
+    return _open(cached)
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -70,14 +83,14 @@ def find_compiler() -> list[str]:
     )
 
 
-def _key(compiler: list[str], extra: tuple[str, ...]) -> str:
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """A name that changes with anything that could change the machine code."""
     binary = Path(compiler[0]).resolve()
     status = binary.stat()
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.read_bytes())
-    facts = (FLAGS, ATTEMPTS, extra, compiler, str(binary), status.st_size, status.st_mtime_ns)
+    facts = (FLAGS, flags, compiler, str(binary), status.st_size, status.st_mtime_ns)
     digest.update(repr((facts, _processor())).encode())
     return digest.hexdigest()[:32]
 
@@ -92,31 +105,15 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(wanted))
 
 
-def _intact(path: Path) -> bool:
-    """Whether a cached object stands there as it was written; a damaged one could crash dlopen."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    return hashlib.sha256(body).digest() == digest
-
-
-def _compile(compiler: list[str], extra: tuple[str, ...]) -> bytes:
+def _compile(compiler: list[str], flags: tuple[str, ...]) -> tuple[bytes | None, str]:
+    """The code, or None and what the compiler said."""
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
-    complaints = []
     with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
         target = Path(folder) / "kernels.so"
-        for attempt in ATTEMPTS:
-            command = [*compiler, *FLAGS, *attempt, *extra, *sources, "-o", str(target), "-lm"]
-            complaint = _run(command)
-            if complaint is None and target.is_file():
-                return target.read_bytes()
-            complaints.append(complaint or "it wrote no file")
-    raise BuildError(
-        f"the C compiler {compiler[0]} cannot build the kernels ({complaints[-1]}): "
-        "repair it or set CC to another one, for kernels several times as fast."
-    )
+        complaint = _run([*compiler, *FLAGS, *flags, *sources, "-o", str(target), "-lm"])
+        if complaint is None and target.is_file():
+            return target.read_bytes(), ""
+        return None, complaint or "it wrote no file"
 
 
 def _run(command: list[str]) -> str | None:
@@ -129,17 +126,3 @@ def _run(command: list[str]) -> str | None:
         return str(error)
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     return None if done.returncode == 0 else lines[-1]
-
-
-def _write_atomically(path: Path, data: bytes) -> bool:
-    """Whole or not at all, whoever else writes it now. False where the cache cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-") as file:
-            file.write(data)
-            file.flush()
-            os.link(file.name, file.name + ".so")
-            os.replace(file.name + ".so", path)
-    except OSError:
-        return False
-    return True

@@ -9,7 +9,7 @@ from nybble.errors import ConfigError
 from nybble.kernels import ref
 from nybble.kernels.backend import Batch, Choice, KVLayer, LinearFn, Partial
 from nybble.kernels.cuda.attention import PagedAttention
-from nybble.kernels.cuda.compiler import binding
+from nybble.kernels.cuda.compiler import binding, version
 from nybble.kernels.cuda.linear import CudaLinear
 from nybble.kernels.cuda.packing import refusal
 from nybble.kernels.cuda.precision import sums_in_fp32
@@ -127,6 +127,7 @@ def _check_device() -> None:
             "--device cpu."
         )
     binding("driver")
+    version()
 
 
 def _check_capability(device: torch.device) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
+import importlib.metadata
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import ConfigError
+from nybble.kernels.compiled import kernel_path, read_checked, write_checked
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
-_DIGEST_BYTES = 32
 
 
 def binding(name: str) -> Any:
@@ -34,13 +34,20 @@ def cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) 
     arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] == 9 else ''}"
     options = (f"--gpu-architecture={arch}", "--std=c++17", *_flags(defines))
     texts = _with_headers(source)
-    key = hashlib.sha256(repr((texts, options, _version())).encode()).hexdigest()
-    path = _cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
-    cached = _read(path)
+    key = hashlib.sha256(repr((texts, options, version())).encode()).hexdigest()
+    path = kernel_path(f"{Path(source).stem}-{arch}-{key[:32]}.cubin")
+    cached = read_checked(path)
     if cached is not None:
         return cached
     code = _compile(texts, options)
-    _write(path, code)
+    try:
+        write_checked(path, code)
+    except OSError as error:
+        warnings.warn(
+            f"Compiled kernels cannot be kept ({error}), so every start compiles them again: "
+            "set NYBBLE_CACHE to a folder that can be written.",
+            stacklevel=2,
+        )
     return code
 
 
@@ -60,39 +67,28 @@ def _with_headers(source: str) -> dict[str, str]:
     return texts
 
 
-def _version() -> tuple[int, int]:
+def version() -> str:
+    """Of NVRTC, with the package's own number, for a miscompiled kernel must not outlive it.
+
+    ConfigError where it cannot be loaded.
+    """
     nvrtc = binding("nvrtc")
-    major, minor = _checked(nvrtc.nvrtcVersion())
-    return int(major), int(minor)
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("NYBBLE_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "nybble") / "kernels"
-
-
-def _read(path: Path) -> bytes | None:
-    """The code in a cache file, or None where there is none or it was damaged."""
-    if not path.is_file():
-        return None
-    data = path.read_bytes()
-    digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Other processes may write the same file at the same time: the last complete one stays."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(
-            f"Compiled kernels cannot be kept ({error}), so every start compiles them again: "
-            "set NYBBLE_CACHE to a folder that can be written.",
-            stacklevel=2,
-        )
+        major, minor = _checked(nvrtc.nvrtcVersion())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"NVIDIA's compiler library NVRTC cannot be loaded ({error}): "
+            "pip install nvidia-cuda-nvrtc."
+        ) from error
+    return f"{major}.{minor} {_package_version('nvidia-cuda-nvrtc')}"
+
+
+@cache
+def _package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a system's own
+        return ""
 
 
 def _compile(texts: dict[str, str], options: tuple[str, ...]) -> bytes:

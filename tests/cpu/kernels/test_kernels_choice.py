@@ -191,3 +191,31 @@ def test_the_objects_are_loaded_beside_torchs_openmp():
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
     assert len(runtimes) <= 1
+
+
+def test_a_compiler_that_failed_once_is_asked_again(tmp_path, monkeypatch):
+    """Nothing lesser that it made meanwhile is taken for good."""
+    real, attempts = compile._run, []
+
+    def failing_once(command):
+        attempts.append(command)
+        return "out of memory" if len(attempts) == 1 else real(command)
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile, "_run", failing_once)
+    compile.load()
+    assert [compile.ATTEMPTS[i][0] in command for i, command in enumerate(attempts)] == [True, True]
+    compile.load()
+    assert len(attempts) == 3
+    compile.load()
+    assert len(attempts) == 3
+
+
+def test_a_cache_without_hard_links_is_used(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.link", refused)
+    compile.load()
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
