@@ -167,7 +167,7 @@ class RefBackend:
         return self.silu_mul(gate_up(x))
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
-        return residual + linear(x)
+        return linear(x).add_(residual)
 
     def dense_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFn:
         def linear(x: torch.Tensor) -> torch.Tensor:

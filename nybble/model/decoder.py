@@ -97,7 +97,7 @@ class Decoder:
         layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
-        q, k, v = torch.split(qkv, heads, dim=1)  # (tokens, heads, head_dim)
+        q, k, v = qkv.split_with_sizes(heads, 1)  # (tokens, heads, head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)
             k = self.backend.rms_norm(k, layer.k_norm, config.norm_eps)

@@ -260,7 +260,7 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
             f"weights in {weight.dtype} on {weight.device} cannot run on the CPU kernels: "
             "convert them to float32, float16 or bfloat16 on the CPU."
         )
-    return weight.detach().contiguous()
+    return weight if weight.is_contiguous() else weight.contiguous()
 
 
 def _cache(layer: KVLayer, dim: int) -> library.Cache:
