@@ -154,25 +154,14 @@ gemm(const __grid_constant__ Args a) {
                input_of(lane % 4, 0);
 
     float sum[TILES][COLUMNS][4] = {};
-#if STAGE_INPUTS
-    Inputs inputs[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-        if (slice + d * SLICES < a.chunks) load_inputs(inputs[d], x, slice + d * SLICES);
-#endif
     for (int base = slice; base < a.chunks; base += DEPTH * SLICES) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int chunk = base + d * SLICES, next = chunk + DEPTH * SLICES;
             if (chunk >= a.chunks) break;
-#if STAGE_INPUTS
-            accumulate(sum, stage[d], inputs[d]);
-            if (next < a.chunks) load_inputs(inputs[d], x, next);
-#else
             Inputs inputs;
             load_inputs(inputs, x, chunk);
             accumulate(sum, stage[d], inputs);
-#endif
             if (next < a.chunks) load_stage(stage[d], a, tiles, next);
         }
     }

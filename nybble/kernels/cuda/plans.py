@@ -40,7 +40,6 @@ class MmaPlan:
     slices: int = 8
     bands: int = 1
     depth: int = 2
-    stage_inputs: bool = False
     min_blocks: int = 4
     pieces: int = 2
 
@@ -63,7 +62,6 @@ class MmaPlan:
             "SLICES": self.slices,
             "BANDS": self.bands,
             "DEPTH": self.depth,
-            "STAGE_INPUTS": int(self.stage_inputs),
             "MIN_BLOCKS": self.min_blocks,
             "PIECES": self.pieces,
         }

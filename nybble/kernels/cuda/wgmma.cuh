@@ -48,20 +48,10 @@ __device__ __forceinline__ void wgmma_wait() {
     NYBBLE_NAMES_64                                                                            \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"         \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define NYBBLE_NAMES_128                                                                       \
-    NYBBLE_NAMES_96                                                                            \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110"   \
-    ", %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124"     \
-    ", %125, %126, %127"
 
 __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
                                       unsigned long long b) {
-#if TOKENS == 16
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" NYBBLE_TYPES
-                 "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7]) : NYBBLE_A(a), "l"(b));
-#elif TOKENS == 32
+#if TOKENS == 32
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" NYBBLE_TYPES NYBBLE_NAMES_16
                  "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
                  : NYBBLE_16(d, 0) : NYBBLE_A(a), "l"(b));
@@ -80,13 +70,7 @@ __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
                  : NYBBLE_16(d, 0), NYBBLE_16(d, 16), NYBBLE_16(d, 32), NYBBLE_16(d, 48),
                    NYBBLE_16(d, 64), NYBBLE_16(d, 80)
                  : NYBBLE_A(a), "l"(b));
-#elif TOKENS == 256
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16" NYBBLE_TYPES NYBBLE_NAMES_128
-                 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
-                 : NYBBLE_16(d, 0), NYBBLE_16(d, 16), NYBBLE_16(d, 32), NYBBLE_16(d, 48),
-                   NYBBLE_16(d, 64), NYBBLE_16(d, 80), NYBBLE_16(d, 96), NYBBLE_16(d, 112)
-                 : NYBBLE_A(a), "l"(b));
 #else
-#error "TOKENS must be 16, 32, 64, 128, 192 or 256"
+#error "TOKENS must be 32, 64, 128 or 192"
 #endif
 }
