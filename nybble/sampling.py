@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ from nybble.errors import RequestError
 class SamplingParams:
     """Sampling settings of one request.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. Penalties
-    follow the usual definitions: repetition (Keskar et al. 2019, over prompt and output),
-    presence and frequency (OpenAI, over the output). `logprobs` asks for that many alternatives
+    temperature, up to 100: 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off.
+    Penalties follow the usual definitions: repetition (Keskar et al. 2019, over prompt and output;
+    0.01 to 100, 1 is off), presence and frequency (OpenAI, over the output; -2 to 2, 0 is off). `logprobs` asks for that many alternatives
     a token (0: only the chosen one's), prompt_logprobs the same for the tokens of the prompt.
     logit_bias: what to add to the logits of some token ids, -100 to 100. max_tokens None means:
     as far as the context goes; 0 only reads the prompt, for its prompt_logprobs.
@@ -43,10 +42,6 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
-        if self.repetition_penalty == 0:
-            raise RequestError(
-                "repetition_penalty must be above 0; 1 switches it off.", "repetition_penalty"
-            )
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError("stop must be text or a list of non-empty texts.", "stop")
         for token in self.stop_token_ids:
@@ -69,11 +64,12 @@ class SamplingParams:
         return tuple(self.stop)
 
 
+# Logits times or divided by these stay finite.
 _RANGES = (
-    ("temperature", 0.0, math.inf),
+    ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, math.inf),
+    ("repetition_penalty", 0.01, 100.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
 )
@@ -82,9 +78,8 @@ _COUNTS = (("logprobs", 0), ("prompt_logprobs", 0), ("seed", 0))
 
 def _check_range(name: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
-        limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise RequestError(f"{name} is {value!r}: give a finite number, {limits}.", name)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise RequestError(f"{name} is {value!r}: give a number from {low:g} to {high:g}.", name)
 
 
 def _check_int(name: str, value: object, least: int) -> None:

@@ -245,7 +245,9 @@ def _draw_alike(
     total = cumulated[:, -1:]
     # Below the total, so that what is found there has a weight.
     where = torch.minimum(random[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    tokens = ids.gather(-1, torch.searchsorted(cumulated, where, right=True)).squeeze(-1)
+    # A row of NaN finds a place behind the last one: the other rows shall not fall with it.
+    found = torch.searchsorted(cumulated, where, right=True).clamp_(max=size - 1)
+    tokens = ids.gather(-1, found).squeeze(-1)
     vocab = probabilities.shape[-1]
     if size < vocab and not params[0].top_k:
         # Where even the last candidate stays, there are more: a flat distribution.
