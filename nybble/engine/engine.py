@@ -20,7 +20,13 @@ from nybble.engine.runner import Runner
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Chunk, Scheduler, TokenSequence
 from nybble.engine.threads import ThreadCount
-from nybble.errors import CapacityError, NumericsError, RequestError, UnavailableError
+from nybble.errors import (
+    CapacityError,
+    NumericsError,
+    NybbleError,
+    RequestError,
+    UnavailableError,
+)
 from nybble.model.decoder import Decoder
 from nybble.model.rope import ntk_alpha
 from nybble.sampling import SamplingParams
@@ -350,11 +356,15 @@ class Engine:
 
     def _not_finite(self, sequence: TokenSequence) -> NumericsError:
         """The guard against silent nonsense: runs the tokens again to name where it began."""
-        part = replay.first_nonfinite(
-            self.decoder, sequence.tokens, self.kv_dtype, sequence.alpha, self.prefill_chunk
-        )
+        try:
+            part = replay.first_nonfinite(
+                self.decoder, sequence.tokens, self.kv_dtype, sequence.alpha, self.prefill_chunk
+            )
+            where = f"they began in {part or 'a part that does not repeat it'}"
+        except (NybbleError, RuntimeError) as error:  # no room for a second cache, most of all
+            why = f"running the tokens again failed with {type(error).__name__}"
+            where = f"where they began could not be looked for, since {why}"
         return NumericsError(
-            "The model computed values that are not finite; they began in "
-            f"{part or 'a part that does not repeat it'}. "
+            f"The model computed values that are not finite; {where}. "
             "Check the checkpoint (nybble info), or load it with dtype float32."
         )

@@ -8,6 +8,7 @@ import torch
 
 from nybble.cache.sizes import PAGE_SIZE
 from nybble.cache.store import KVStore, one_sequence
+from nybble.engine.scheduler import LOGIT_ROWS
 from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import make_positions
 
@@ -42,8 +43,9 @@ def _steps(
     device = decoder.backend.device
     store = KVStore(decoder.config, kind, -(-len(ids) // PAGE_SIZE), device)
     positions = make_positions(decoder.config, alpha, len(ids), device)
-    for begin in range(0, len(ids), prefill_chunk):
-        chunk = ids[begin : begin + prefill_chunk]
+    size = min(prefill_chunk, LOGIT_ROWS)
+    for begin in range(0, len(ids), size):
+        chunk = ids[begin : begin + size]
         batch = one_sequence(begin, len(chunk), PAGE_SIZE, device)
         at = positions.slice(begin, begin + len(chunk))
         batch = store.opened(batch, [(begin, begin + len(chunk))], [0])

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from nybble.cache.pages import PagePool, page_key
 from nybble.errors import CapacityError
 
-# A row of logits for each of these in one step is what memory is sure to have room for.
-_WHOLE_TOKENS = 512
+# As many rows of logits in one step as memory is sure to have room for.
+LOGIT_ROWS = 512
 
 
 @dataclass(eq=False)
@@ -242,7 +242,7 @@ class Scheduler:
         shorter = sorted(prompts[1:], key=lambda sequence: sequence.pending)
         others = sum(sequence.pending for sequence in shorter)
         share = max(budget - others, (budget + 1) // 2)
-        whole = _WHOLE_TOKENS
+        whole = LOGIT_ROWS
         for sequence in [*prompts[:1], *shorter]:
             self._skip_known(sequence)
             count = self._chunk_size(sequence, min(share, whole) if sequence.whole else share)

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.errors import NumericsError, UnavailableError
+from nybble.engine import replay
+from nybble.errors import CapacityError, NumericsError, UnavailableError
+from nybble.model.decoder import Decoder
 from nybble.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -138,6 +140,31 @@ def test_a_request_that_turns_nan_ends_alone_and_its_pages_are_not_reused(make_e
         next(bad)
     assert list(good) == expected[0]
     assert engine.load.pages_used == 0
+
+
+@pytest.mark.parametrize("error", [CapacityError("full"), torch.OutOfMemoryError("full")])
+def test_without_room_to_look_for_the_place_it_still_ends_alone(
+    make_engine, data, monkeypatch, error
+):
+    def full(*_):
+        raise error
+
+    engine = poisoned(make_engine(data / "qwen1-plain", max_context=400), 155)
+    good, bad = engine.generate([5], GREEDY), engine.generate([1, 155], GREEDY)
+    good.start()
+    monkeypatch.setattr(replay, "KVStore", full)
+    with pytest.raises(NumericsError, match=f"could not be looked for.*{type(error).__name__}"):
+        list(bad)
+    assert len(list(good)) == 10
+
+
+def test_a_sequence_is_run_again_with_few_rows_of_logits_at_a_time(make_engine, data, monkeypatch):
+    engine = make_engine(data / "qwen1-plain", prefill_chunk=2000)
+    rows, head = [], Decoder.head
+    monkeypatch.setattr(Decoder, "head", lambda self, x: rows.append(len(x)) or head(self, x))
+    assert engine.logits([1] * 1100).shape[0] == 1100
+    replay.first_nonfinite(engine.decoder, [1] * 1100, "float32", 1.0, 2000)
+    assert rows == [512, 512, 76] * 2
 
 
 def test_a_step_that_fails_ends_all_and_the_engine_goes_on(make_engine, data, monkeypatch):
