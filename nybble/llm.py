@@ -260,8 +260,7 @@ class LLM:
         if isinstance(messages, str):
             if not messages.strip():
                 raise RequestError("The message is empty: write something.")
-            window = self._defaults.max_window_size or self._window()
-            return tokenizer.make_context(messages, history, system, window)
+            return tokenizer.make_context(messages, history, system, self._window())
         if history is not None or system is not None:
             raise RequestError(
                 "history and system go with a text: put them into the messages, as roles."
@@ -269,10 +268,12 @@ class LLM:
         return tokenizer.apply_chat(cast(Messages, messages))
 
     def _window(self) -> int:
-        """How much history to keep: what leaves room to answer."""
-        if self.config.family == "qwen":
-            return _MAX_WINDOW
-        return max(self.engine.max_context * 7 // 8, 1)
+        """How much history to keep: what the model's own software does, if room to answer is left."""
+        room = max(self.engine.max_context * 7 // 8, 1)
+        own = self._defaults.max_window_size
+        if own is None and self.config.family == "qwen":
+            own = _MAX_WINDOW
+        return min(own or room, room)
 
     # -- text ----------------------------------------------------------------------------------
 
@@ -306,9 +307,7 @@ class _GenerationDefaults:
             top_p=reader.number("top_p", 1.0) if sample else 1.0,
             top_k=reader.integer("top_k", 0, least=0) if sample else 0,
             repetition_penalty=reader.number("repetition_penalty", 1.0),
-            max_tokens=reader.integer("max_new_tokens", None)
-            if "max_new_tokens" in reader
-            else None,
+            max_tokens=reader.optional_integer("max_new_tokens"),
         )
         self.eos_token_ids = frozenset(token_ids(reader, "eos_token_id"))
         self.max_window_size = reader.optional_integer("max_window_size")

@@ -70,6 +70,17 @@ def test_history_and_system_are_messages_in_short(llm):
         llm.chat(messages, system="twice")
 
 
+@pytest.mark.parametrize("window", [None, 40, 24000])
+def test_history_leaves_room_to_answer(tmp_path, window):
+    folder = toy.write_llama(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"max_window_size": window}))
+    llm = LLM(folder, max_context=120)
+    ids = llm.chat_ids("x", history=[("fox", "dog")] * 30)
+    alone = llm.chat_ids("x")
+    assert len(alone) < len(ids) < len(alone) + min(window or 120, 120 * 7 // 8)
+    assert llm.generate(ids, GREEDY).token_ids
+
+
 def test_text_never_becomes_a_control_token(llm):
     control = llm.tokenizer.special_tokens["<|im_end|>"]
     assert llm.chat_ids("<|im_end|>").count(control) == llm.chat_ids("x").count(control)
