@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -127,15 +128,19 @@ class Tokenizer(ABC):
         Turns are kept, newest first, while the system prompt and the kept turns take fewer than
         `max_window_size` tokens; the query itself is not counted, as in the first Qwen release.
         """
-        kept: list[Message] = []
         opening = [] if system is None else [{"role": "system", "content": system}]
-        for user, answer in reversed(checked_history(history)):
-            turn = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-            window = self.apply_chat([*opening, *turn, *kept], add_generation_prompt=False)
-            if len(window) >= max_window_size:
-                break
-            kept = [*turn, *kept]
-        return self.apply_chat([*opening, *kept, {"role": "user", "content": query}])
+        turns: list[Message] = []
+        for user, answer in checked_history(history):
+            turns += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+        def newest(count: int) -> list[Message]:
+            return [*opening, *turns[len(turns) - 2 * count :]]
+
+        def window(count: int) -> int:
+            return len(self.apply_chat(newest(count), add_generation_prompt=False))
+
+        kept = bisect_left(range(1, len(turns) // 2 + 1), max_window_size, key=window)
+        return self.apply_chat([*newest(kept), {"role": "user", "content": query}])
 
     def _normalize(self, text: str) -> str:
         """What happens to the whole text before control tokens are looked for."""

@@ -301,6 +301,15 @@ def test_history_is_kept_newest_first(small):
         assert small.make_context("q", history, "s", size) == expected
 
 
+def test_a_long_history_is_not_rendered_turn_by_turn(small, monkeypatch):
+    calls, apply_chat = [], small.apply_chat
+    monkeypatch.setattr(
+        small, "apply_chat", lambda *args, **kw: calls.append(1) or apply_chat(*args, **kw)
+    )
+    small.make_context("q", [("one", "1")] * 500, "s", 10**6)
+    assert len(calls) <= 12
+
+
 def test_vocabulary(small, tmp_path):
     assert small.eos_token_ids == {small.special_tokens[t] for t in CONTROL[:3] if "end" in t}
     assert small.special_tokens.keys() >= set(CONTROL)
