@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -318,11 +318,11 @@ class Engine:
         ended = []
         while self._aborted:
             request = self._aborted.popleft()
+            if not request.done:  # before the rest: an interrupt shall not lose it
+                request.finish_reason = "abort"
             if request.sequence in self._alive:
                 ended.append(request)
                 self._end(request)
-            if not request.done:
-                request.finish_reason = "abort"
         return ended
 
     def _fail(self, chunks: list[Chunk] | None, error: BaseException) -> None:
@@ -333,10 +333,12 @@ class Engine:
                 f"A step of the engine was broken off ({reason}): send the request again."
             )
         self._alive.clear()
-        if chunks is None:  # in the middle of the bookkeeping
-            self.scheduler = self._new_scheduler()
-        else:
-            self.scheduler.clear(chunks)
+        if chunks is not None:
+            with suppress(RuntimeError, ValueError):
+                self.scheduler.clear(chunks)
+                self.scheduler.check()
+                return
+        self.scheduler = self._new_scheduler()  # broken off in the middle of the bookkeeping
 
     # -- outside the batch -----------------------------------------------------------------
 

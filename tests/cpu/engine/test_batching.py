@@ -207,6 +207,30 @@ def test_an_interrupt_in_the_bookkeeping_starts_it_afresh(make_engine, data, mon
     assert run_all(engine, [(PREFIX, GREEDY)]) == expected
 
 
+@pytest.mark.parametrize("aborted", [False, True])
+def test_an_interrupt_while_a_request_ends_leaves_a_sound_engine(
+    make_engine, data, monkeypatch, aborted
+):
+    engine = make_engine(data / "qwen1-plain", max_context=400)
+    short = engine.request([7], SamplingParams(temperature=0, max_tokens=2))
+    engine.add(short)
+    engine.step()
+    if aborted:
+        engine.abort(short)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.pool, "release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert short.done
+    assert engine.idle
+    assert len(run_all(engine, [(PREFIX, GREEDY)])[0][0]) == 10
+    engine.scheduler.check()
+
+
 def test_a_dropped_generation_gives_its_pages_back(make_engine, data):
     engine = make_engine(data / "qwen1-plain", max_context=400)
     dropped = engine.generate(PREFIX, GREEDY)
