@@ -29,7 +29,7 @@ class TokenSequence:
     somebody wants the logits of every token, so none is taken from the cache. seat: a number that
     no other running sequence has, below the most that run; -1 while it waits. Of `tokens`, the
     first `computed` stand in `pages`, which this sequence owns (one reference each) while it
-    runs. `reused` counts those it found there instead of computing them.
+    runs. `reused` counts those it found there since it runs, instead of computing them.
     """
 
     tokens: list[int]
@@ -215,8 +215,7 @@ class Scheduler:
             pool.release(shared)
             return False
         sequence.pages = shared + pool.allocate(wanted)
-        sequence.computed = len(shared) * pool.page_size
-        sequence.reused += sequence.computed
+        sequence.computed = sequence.reused = len(shared) * pool.page_size
         return True
 
     def _known_pages(self, sequence: TokenSequence) -> Iterator[int]:

@@ -237,6 +237,19 @@ def test_a_later_request_takes_the_pages_of_an_earlier_one():
     assert machine.computed - before == 3
 
 
+def test_what_is_found_again_after_making_room_is_counted_once():
+    machine = Machine(pages=24, step_tokens=4)
+    prompt = list(range(1000, 1060))
+    machine.add(prompt[:42], new=1)
+    machine.drain()
+    for number in range(3):
+        machine.add(range(100 * number, 100 * number + 4), new=36)
+    young = machine.add(prompt, new=4)
+    machine.drain()
+    assert machine.scheduler.preemptions > 1
+    assert young.reused <= len(prompt)
+
+
 def test_an_answer_can_be_reused_too_but_its_last_token_runs():
     machine = Machine()
     first = machine.add(range(6), new=3)
