@@ -216,7 +216,9 @@ class AsyncGeneration(AsyncIterator[int]):
     def close(self, error: NybbleError | None = None) -> None:
         """Abandon the request: the next step gives its pages back. error: what its reader gets."""
         self._engine.abort(self._request)
-        self._tokens.clear()
+        if self._tokens:  # however it ended, its reader has not got all of it
+            self._ended = False
+            self._tokens.clear()
         self._finish(None, error)
 
     def _receive(self, tokens: list[Token]) -> None:

@@ -121,6 +121,33 @@ def test_clients_that_hang_up_leave_no_page_and_no_request(engine):
     serve(test, engine)
 
 
+@pytest.mark.parametrize("error", [None, UnavailableError("too slow")])
+def test_a_finished_answer_that_is_closed_half_read_is_not_called_complete(engine, error):
+    async def test(running):
+        stream = running.submit(PROMPTS[0], GREEDY)
+        await anext(stream)
+        await running.drain()
+        stream.close(error)
+        with pytest.raises(UnavailableError if error else StopAsyncIteration):
+            await anext(stream)
+        assert stream.finish_reason is None
+
+    serve(test, engine)
+
+
+def test_a_finished_answer_that_was_read_keeps_its_reason_when_closed(engine):
+    async def test(running):
+        stream = running.submit(PROMPTS[0], GREEDY)
+        assert len([await anext(stream) for _ in range(8)]) == 8
+        await running.drain()
+        stream.close(UnavailableError("too slow"))
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert stream.finish_reason == "length"
+
+    serve(test, engine)
+
+
 def test_waiting_for_a_token_may_time_out_and_go_on(engine):
     """What a server does to send keep-alives: the request is not lost with the waiting."""
 
