@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nybble.errors import RequestError
 
@@ -37,23 +38,35 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _several("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        ids = _several("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError("stop must be text or a list of non-empty texts.", "stop")
-        for token in self.stop_token_ids:
+        if len(stop) > _MOST_STOPS:
+            raise RequestError(f"stop has {len(stop)} texts: give at most {_MOST_STOPS}.", "stop")
+        for token in ids:
             _check_int("stop_token_ids", token, 0)
         _check_int("top_k", self.top_k, 0)
-        for token, bias in (self.logit_bias or {}).items():
-            _check_int("logit_bias", token, 0)
-            _check_range("logit_bias", bias, -100.0, 100.0)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(
+                f"ignore_eos is {self.ignore_eos!r}: give true or false.", "ignore_eos"
+            )
+        self._check_bias()
         least_tokens = 1 if self.prompt_logprobs is None else 0
         for name, least in (("max_tokens", least_tokens), *_COUNTS):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), least)
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, (Mapping, type(None))):
+            raise RequestError("logit_bias must map token ids to numbers.", "logit_bias")
+        for token, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias", token, 0)
+            _check_range("logit_bias", bias, -100.0, 100.0)
 
     @property
     def greedy(self) -> bool:
@@ -73,6 +86,7 @@ _RANGES = (
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
 )
+_MOST_STOPS = 16  # each one is looked for in every piece of text
 _COUNTS = (("logprobs", 0), ("prompt_logprobs", 0), ("seed", 0))
 
 
@@ -83,5 +97,16 @@ def _check_range(name: str, value: object, low: float, high: float) -> None:
 
 
 def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise RequestError(f"{name} is {value!r}: give a whole number of at least {least}.", name)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or not least <= value < 2**63:  # type: ignore[operator]
+        need = "below 2^63" if number and value > least else f"of at least {least}"  # type: ignore[operator]
+        raise RequestError(f"{name} is {value!r}: give a whole number {need}.", name)
+
+
+def _several(name: str, values: object) -> tuple[Any, ...]:
+    """What a list of settings holds; None: nothing."""
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise RequestError(f"{name} is {values!r}: give a list.", name)
+    return tuple(values)

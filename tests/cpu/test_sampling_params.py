@@ -32,6 +32,11 @@ BAD = [
     {"logprobs": -1},
     {"stop": ""},
     {"stop": ["a", ""]},
+    {"stop": 5},
+    {"stop": ["a"] * 17},
+    {"stop_token_ids": 5},
+    {"ignore_eos": "no"},
+    {"logit_bias": [1]},
     {"stop_token_ids": [-1]},
     {"prompt_logprobs": -1},
     {"logit_bias": {5: 100.5}},
@@ -51,3 +56,13 @@ def test_bad_values_are_refused_by_name(values):
 def test_stop_may_be_one_text():
     assert SamplingParams(stop="END").stop_texts == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop_texts == ("a", "b")
+
+
+def test_none_is_no_stop():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stop_texts, params.stop_token_ids) == ((), ())
+
+
+def test_a_seed_that_is_too_large_is_told_so():
+    with pytest.raises(RequestError, match=r"below 2\^63"):
+        SamplingParams(seed=2**63)
