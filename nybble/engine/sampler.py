@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,9 +35,11 @@ class TokenLogprob:
 
 
 class SamplingState:
-    """What sampling remembers of one request: random numbers, counts, bias, constraint.
+    """What sampling remembers of one request: random numbers, penalties, bias, constraint.
 
-    The random numbers are drawn on the CPU, so that a seed means the same on every device.
+    The random numbers are drawn on the CPU, so that a seed means the same on every device. Tensors
+    on the device are made at the first token, by whoever runs the steps: whoever hands in the
+    request must not wait for a device that is busy.
     """
 
     def __init__(
@@ -49,49 +52,82 @@ class SamplingState:
     ) -> None:
         self.params = params
         self.constraint = constraint
+        self._prompt_ids, self._vocab_size, self._device = prompt_ids, vocab_size, device
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self._counted = (
+        self._penalised = (
             params.repetition_penalty != 1
             or params.presence_penalty != 0
             or params.frequency_penalty != 0
         )
-        self._bias = _bias(params, vocab_size, device) if params.logit_bias else None
-        if self._counted:
-            self._counts = torch.zeros(vocab_size, device=device)
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
-            self._seen[prompt[prompt < vocab_size]] = True
+        last = max(params.logit_bias or (0,))
+        if last >= vocab_size:
+            raise RequestError(
+                f"logit_bias names the token {last}: this model has 0 to {vocab_size - 1}.",
+                "logit_bias",
+            )
 
     @property
     def changes_logits(self) -> bool:
-        return self._counted or self._bias is not None
+        return self._penalised or bool(self.params.logit_bias)
 
     def random(self) -> float:
         return float(torch.rand((), generator=self._generator))
 
     def change(self, logits: torch.Tensor) -> torch.Tensor:
         """logits (vocab,) -> the same with the request's penalties and bias."""
-        if self._counted:
-            logits = self._penalise(logits)
-        return logits if self._bias is None else logits + self._bias
-
-    def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
-        params, seen = self.params, self._seen
-        repeated = torch.where(
-            logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-        )
-        logits = torch.where(seen, repeated, logits)
-        logits = logits - params.frequency_penalty * self._counts
-        return logits - params.presence_penalty * (self._counts > 0)
+        if self._penalised:
+            logits = self._penalties.apply(logits)
+        return logits + self._bias if self.params.logit_bias else logits
 
     def count(self, token: int) -> None:
-        if self._counted:
-            self._counts[token] += 1
-            self._seen[token] = True
+        if self._penalised:
+            self._penalties.count(token)
+
+    @cached_property
+    def _penalties(self) -> _Penalties:
+        seen = [token for token in dict.fromkeys(self._prompt_ids) if token < self._vocab_size]
+        return _Penalties(self.params, seen, self._device)
+
+    @cached_property
+    def _bias(self) -> torch.Tensor:
+        """The request's logit_bias as (vocab,)."""
+        given = self.params.logit_bias or {}
+        values = torch.tensor(list(given.values()), dtype=torch.float32, device=self._device)
+        bias = torch.zeros(self._vocab_size, device=self._device)
+        bias[torch.tensor(list(given), device=self._device)] = values
+        return bias
+
+
+class _Penalties:
+    """What a request's penalties take from the logits of the ids that it has met.
+
+    seen: those of the prompt, each once. Only they are touched: the vocabulary is far longer.
+    """
+
+    def __init__(self, params: SamplingParams, seen: Sequence[int], device: torch.device) -> None:
+        self._params = params
+        self._ids = torch.tensor(seen, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(len(seen), device=device)  # in the answer
+        self._rows = {token: row for row, token in enumerate(seen)}
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        params, found, counts = self._params, logits[self._ids], self._counts
+        penalty = params.repetition_penalty
+        found = torch.where(found > 0, found / penalty, found * penalty)
+        found = found - params.frequency_penalty * counts
+        found = found - params.presence_penalty * (counts > 0)
+        return logits.index_copy(0, self._ids, found)
+
+    def count(self, token: int) -> None:
+        row = self._rows.setdefault(token, len(self._rows))
+        if row == len(self._ids):
+            self._ids = torch.cat([self._ids, self._ids.new_tensor([token])])
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(1)])
+        self._counts[row] += 1
 
 
 class Sampler:
@@ -169,19 +205,6 @@ class Sampler:
             return logits
         rows = zip(logits, states, strict=True)
         return torch.stack([s.change(row) if s.changes_logits else row for row, s in rows])
-
-
-def _bias(params: SamplingParams, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """The request's logit_bias as (vocab,)."""
-    bias = torch.zeros(vocab_size, device=device)
-    for token, value in (params.logit_bias or {}).items():
-        if token >= vocab_size:
-            raise RequestError(
-                f"logit_bias names the token {token}: this model has 0 to {vocab_size - 1}.",
-                "logit_bias",
-            )
-        bias[token] = value
-    return bias
 
 
 def draw(

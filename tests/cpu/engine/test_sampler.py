@@ -187,6 +187,34 @@ def test_presence_and_frequency_count_the_output_only():
     assert [row.choose(logits) for _ in range(3)] == [0, 1, 0]
 
 
+def test_penalties_are_those_of_the_whole_vocabulary():
+    generator = torch.manual_seed(0)
+    prompt = [3, 3, 7, 55]  # 55 is padding
+    row = sampler(
+        prompt=prompt,
+        temperature=0,
+        repetition_penalty=1.3,
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+    )
+    counts = torch.zeros(50)
+    seen = torch.zeros(50, dtype=torch.bool)
+    seen[[3, 7]] = True
+    for _ in range(60):
+        logits = torch.randn(50, generator=generator)
+        expected = torch.where(seen, torch.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+        expected = expected - 0.4 * counts - 0.7 * (counts > 0)
+        assert torch.equal(row.state.change(logits), expected)
+        token = row.choose(logits)
+        counts[token] += 1
+        seen[token] = True
+
+
+def test_a_new_request_does_not_touch_the_device():
+    params = SamplingParams(frequency_penalty=1.0, logit_bias={1: 5.0})
+    Sampler(50, torch.device("cuda")).state(params, [1, 2])
+
+
 def test_a_bias_is_added_to_the_logits():
     logits = torch.tensor([2.0, 1.0, 0.0])
     row = sampler(vocab=3, temperature=0, logit_bias={2: 3.5, 0: -1.5}, frequency_penalty=1.0)
