@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +55,7 @@ class JsonTokenizer(Tokenizer):
         self.special_tokens = {t: vocab[t] for t in self._added if t not in self._words}
         self._control_ids = frozenset(self.special_tokens.values())
         self.hidden_ids = frozenset(vocab[t] for t, token in self._added.items() if token.special)
-        self.prompt_prefix_ids = tuple(full.encode("", add_special_tokens=True).ids)
+        self.prompt_prefix_ids = _prefix_ids(full)
         self.vocab_size = max(vocab.values()) + 1
         self.unused_ids = frozenset(range(self.vocab_size)) - frozenset(vocab.values())
         ends = (*_TURN_ENDS, named_tokens.get("eos_token", ""))
@@ -182,6 +184,15 @@ def _read_backend(path: Path) -> Any:
             "with token ids, or one of a Qwen or Llama 3 family."
         )
     return backend
+
+
+def _prefix_ids(backend: Any) -> tuple[int, ...]:
+    """What the file's own pipeline puts before a text: no padding, and nothing from behind it."""
+    backend.no_padding()
+    backend.no_truncation()
+    sample = backend.encode("a")
+    marked = zip(sample.ids, sample.special_tokens_mask, strict=True)
+    return tuple(token for token, _ in takewhile(itemgetter(1), marked))
 
 
 def _is_byte_level(backend: Any) -> bool:

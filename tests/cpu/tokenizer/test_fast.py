@@ -333,6 +333,20 @@ def test_vocabulary(small, tmp_path):
             gaps.decode([token])
 
 
+def test_padding_and_what_stands_behind_a_text_are_no_prefix(tmp_path):
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    ends = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    backend.enable_padding(length=16, pad_id=ends[1][1], pad_token="</s>")
+    backend.enable_truncation(2)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).prompt_prefix_ids == (ends[0][1],)
+
+
 def test_added_words_are_vocabulary_and_added_tags_swallow_space(small_folder, tmp_path):
     backend = Backend.from_file(str(small_folder / "tokenizer.json"))
     backend.add_tokens([AddedToken("nybble", normalized=False, special=False)])
