@@ -268,7 +268,7 @@ class LLM:
         return tokenizer.apply_chat(cast(Messages, messages))
 
     def _window(self) -> int:
-        """How much history to keep: what the model's own software does, if room to answer is left."""
+        """How much history to keep: as much as the model's own software, and room to answer."""
         room = max(self.engine.max_context * 7 // 8, 1)
         own = self._defaults.max_window_size
         if own is None and self.config.family == "qwen":

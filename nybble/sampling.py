@@ -15,10 +15,11 @@ class SamplingParams:
 
     temperature, up to 100: 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off.
     Penalties follow the usual definitions: repetition (Keskar et al. 2019, over prompt and output;
-    0.01 to 100, 1 is off), presence and frequency (OpenAI, over the output; -2 to 2, 0 is off). `logprobs` asks for that many alternatives
-    a token (0: only the chosen one's), prompt_logprobs the same for the tokens of the prompt.
-    logit_bias: what to add to the logits of some token ids, -100 to 100. max_tokens None means:
-    as far as the context goes; 0 only reads the prompt, for its prompt_logprobs.
+    0.01 to 100, 1 is off), presence and frequency (OpenAI, over the output; -2 to 2, 0 is off).
+    stop: at most 16 texts. `logprobs` asks for that many alternatives a token (0: only the chosen
+    one's), prompt_logprobs the same for the tokens of the prompt. logit_bias: what to add to the
+    logits of some token ids, -100 to 100. max_tokens None means: as far as the context goes; 0
+    only reads the prompt, for its prompt_logprobs.
     """
 
     temperature: float = 1.0
