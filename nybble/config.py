@@ -14,6 +14,8 @@ from typing import Any, Final
 from nybble.errors import ConfigError
 
 _REQUIRED: Final = object()
+_MOST = 2**31 - 1  # tokens, rows, dimensions: kernels count in int32
+_LARGEST = 1e30  # far from where float32 ends
 
 
 class JsonReader:
@@ -40,19 +42,20 @@ class JsonReader:
 
     def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> int:
         def fits(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+            number = isinstance(value, int) and not isinstance(value, bool)
+            return number and least <= value <= _MOST
 
-        return int(self._get(key, default, f"a whole number of at least {least}", fits))
+        return int(self._get(key, default, f"a whole number from {least} to {_MOST}", fits))
 
     def optional_integer(self, key: str, least: int = 1) -> int | None:
         return self.integer(key, least=least) if key in self else None
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
+    def number(self, key: str, default: Any = _REQUIRED, least: float = 1e-30) -> float:
         def fits(value: Any) -> bool:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return number and math.isfinite(value) and value > 0
+            return number and least <= value <= _LARGEST
 
-        return float(self._get(key, default, "a finite number above 0", fits))
+        return float(self._get(key, default, f"a number from {least:g} to {_LARGEST:g}", fits))
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         return bool(self._get(key, default, "true or false", lambda v: isinstance(v, bool)))
@@ -163,8 +166,8 @@ class EngineConfig:
         _one_of("kv_dtype", self.kv_dtype, ("auto", *KV_BITS))
         for name in ("max_context", "prefill_chunk", "threads", "max_running", "cache_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1.")
+            if value is not None and not (isinstance(value, int) and 1 <= value <= _MOST):
+                raise ConfigError(f"{name} is {value!r}: give a whole number from 1 to {_MOST}.")
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -193,6 +196,13 @@ def parse_model_config(data: Mapping[str, Any], where: str = "config.json") -> M
         raise reader.fail("num_key_value_heads", "it must divide num_attention_heads")
     if config.head_dim % 2:
         raise reader.fail("head_dim", "rotary embedding needs an even head dimension")
+    if config.rope.theta <= 1:
+        raise ConfigError(f"{where}: the rotary base is {config.rope.theta}; it must be above 1.")
+    if config.max_context > _MOST:
+        raise ConfigError(
+            f"{where}: the context comes to {config.max_context:g} tokens, with what stretches it; "
+            f"it must be at most {_MOST}."
+        )
     return config
 
 
@@ -240,7 +250,8 @@ def _read_successor(reader: JsonReader, *, qkv_bias: bool, qk_norm: bool) -> Mod
     if not qkv_bias:
         reader.require("attention_bias", False)
     layer_types = reader.data.get("layer_types")
-    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
+    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    if layer_types is not None and not full:
         raise reader.fail("layer_types", "nybble implements only full attention in every layer")
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     context = reader.integer("max_position_embeddings")
@@ -284,6 +295,7 @@ def _read_rope(reader: JsonReader, context: int) -> RopeConfig:
     kind = section.text(key, "default")
     if "mrope_section" in section or kind not in ("default", "linear", "yarn", "llama3"):
         raise section.fail(key, "nybble implements default, linear, yarn and llama3")
+    section.require("partial_rotary_factor", 1.0)
     if kind == "default":
         return RopeConfig(theta)
     for name in ("mscale", "mscale_all_dim"):

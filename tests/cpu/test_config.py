@@ -109,6 +109,30 @@ def test_refused_by_name(key):
         parse_model_config({**QWEN2, key: REFUSED[key]})
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+NO_NUMBERS = [
+    ("layer_types", {"layer_types": True}),
+    ("layer_types", {"layer_types": 5}),
+    ("rope_theta", {"rope_theta": 10**400}),
+    ("rms_norm_eps", {"rms_norm_eps": 1e300}),
+    ("max_position_embeddings", {"max_position_embeddings": 10**18}),
+    ("rotary base", {"rope_theta": 1.0, "rope_scaling": YARN}),
+    ("factor", {"rope_scaling": {**YARN, "factor": 10**400}}),
+    ("beta_slow", {"rope_scaling": {**YARN, "beta_slow": 1e308}}),
+    ("context", {"rope_scaling": {**YARN, "factor": 1e20}}),
+    (
+        "partial_rotary_factor",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), NO_NUMBERS)
+def test_values_that_cannot_be_meant_are_refused_in_a_sentence(name, changes):
+    with pytest.raises(ConfigError, match=name):
+        parse_model_config({**QWEN2, **changes})
+
+
 def test_mrope_is_refused():
     scaling = {"type": "default", "mrope_section": [16, 24, 24]}
     with pytest.raises(ConfigError, match="rope_scaling"):
@@ -152,6 +176,7 @@ def test_the_message_names_the_file(tmp_path):
     [
         {"dtype": "int3"},
         {"max_context": 0},
+        {"max_context": 10**18},
         {"threads": -1},
         {"kv_dtype": "fp8"},
         {"max_running": 0},
