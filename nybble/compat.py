@@ -92,6 +92,7 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
 
@@ -102,6 +103,7 @@ class GenerationConfig:
             temperature=params.temperature or 1.0,
             top_p=params.top_p,
             top_k=params.top_k,
+            min_p=params.min_p,
             repetition_penalty=params.repetition_penalty,
             max_new_tokens=params.max_tokens,
         )
@@ -112,6 +114,7 @@ class GenerationConfig:
             temperature=self.temperature if self.do_sample else 0.0,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             max_tokens=self.max_new_tokens,
         )
@@ -193,7 +196,7 @@ class ChatModel:
         unknown = sampling.keys() - _OURS - _THEIRS
         if unknown:
             raise _refused(min(unknown), f"use {', '.join(sorted(_OURS | _THEIRS))}")
-        if sampling.keys() & {"temperature", "top_p", "top_k"}:
+        if sampling.keys() & {"temperature", "top_p", "top_k", "min_p"}:
             sampling.setdefault("do_sample", True)  # or they would be ignored
         config = replace(config, **_chosen(sampling, _THEIRS))
         params = replace(config.params(), **_chosen(sampling, _OURS - _THEIRS))
@@ -201,7 +204,7 @@ class ChatModel:
 
 
 # The answers of this class are texts, so nobody would see log probabilities.
-_OURS = frozenset(field.name for field in fields(SamplingParams)) - {"logprobs"}
+_OURS = frozenset(field.name for field in fields(SamplingParams)) - {"logprobs", "prompt_logprobs"}
 _THEIRS = frozenset(field.name for field in fields(GenerationConfig))
 
 

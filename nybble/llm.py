@@ -306,6 +306,7 @@ class _GenerationDefaults:
             temperature=reader.number("temperature", 1.0) if sample else 0.0,
             top_p=reader.number("top_p", 1.0) if sample else 1.0,
             top_k=reader.integer("top_k", 0, least=0) if sample else 0,
+            min_p=reader.number("min_p", 0.0, least=0.0) if sample else 0.0,
             repetition_penalty=reader.number("repetition_penalty", 1.0),
             max_tokens=reader.optional_integer("max_new_tokens"),
         )

@@ -145,12 +145,12 @@ class Engine:
                 "An answer in a required form ends where the form does: leave ignore_eos out.",
                 "ignore_eos",
             )
-        if len(ids) >= self.max_context:
+        room = self.max_context - len(ids)
+        if room < (params.max_tokens != 0):
             raise CapacityError(
                 f"The prompt has {len(ids)} tokens and the context {self.max_context}: shorten "
                 "the prompt, or raise max_context if the model allows it."
             )
-        room = self.max_context - len(ids)
         limit = len(ids) + (room if params.max_tokens is None else min(params.max_tokens, room))
         scored = params.prompt_logprobs is not None
         return Request(

@@ -185,7 +185,7 @@ def test_the_generation_config_can_be_changed(folder: Path, tokenizer: Tokenizer
         model.chat(tokenizer, "a")
 
 
-@pytest.mark.parametrize("name", ["foo", "logprobs", "num_beams"])
+@pytest.mark.parametrize("name", ["foo", "logprobs", "prompt_logprobs", "num_beams"])
 def test_an_unknown_setting_is_refused_by_name(
     model: ChatModel, tokenizer: Tokenizer, name: str
 ) -> None:

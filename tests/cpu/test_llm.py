@@ -17,6 +17,7 @@ from nybble import (
     RequestError,
     SamplingParams,
 )
+from nybble.compat import GenerationConfig
 from nybble.outputs import TextBuilder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -164,6 +165,14 @@ def test_a_prompt_can_be_scored_without_an_answer(llm):
     assert llm.generate("the", GREEDY).prompt_logprobs is None
 
 
+def test_a_prompt_that_fills_the_context_can_be_read(llm):
+    ids = [5] * llm.engine.max_context
+    read = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    assert len(llm.generate(ids, read).prompt_logprobs) == len(ids) - 1
+    with pytest.raises(CapacityError):
+        llm.generate([*ids, 5], read)
+
+
 def test_logits_have_a_row_for_every_token(llm):
     logits = llm.logits([5, 6, 7])
     assert logits.shape == (3, 320)
@@ -180,10 +189,12 @@ def test_fast_kernels_agree_with_the_exact_ones(folder, llm):
 def test_generation_config_gives_the_defaults(tmp_path):
     folder = toy.write_llama(tmp_path)
     defaults = {"do_sample": True, "temperature": 0.3, "top_p": 0.8, "max_new_tokens": 5}
-    defaults["eos_token_id"] = [9, 11]
+    defaults |= {"eos_token_id": [9, 11], "min_p": 0.1}
     (folder / "generation_config.json").write_text(json.dumps(defaults))
     llm = LLM(folder)
-    assert (llm.default_params.temperature, llm.default_params.top_p) == (0.3, 0.8)
+    params = llm.default_params
+    assert (params.temperature, params.top_p, params.min_p) == (0.3, 0.8, 0.1)
+    assert GenerationConfig.from_params(params).params() == params
     assert {9, 11} <= llm.engine.eos_ids
     assert len(llm.generate("the").token_ids) <= 5
 
