@@ -1,6 +1,8 @@
-"""What a cached token weighs. Pure arithmetic, so that `nybble info` need not load torch."""
+"""What a cached token weighs: pure arithmetic on the configuration."""
 
 from __future__ import annotations
+
+from bisect import bisect_right
 
 from nybble.config import KV_BITS, KV_GROUP, KV_OPEN, ModelConfig
 
@@ -36,9 +38,9 @@ def cache_bytes(config: ModelConfig, kind: str, tokens: int, running: int = 1) -
 
 def fitting_tokens(config: ModelConfig, kind: str, room: float, running: int = 1) -> int:
     """The most tokens whose cache_bytes are within `room`."""
-    each, seat = bytes_per_token(config, kind), seat_bytes(config, kind)
-    tokens = max(0, int(room - running * seat) // each)
-    if seat == 0 or tokens >= running * _TOKENS_A_SEAT:
-        return tokens
-    tokens = int(room / (each + seat / _TOKENS_A_SEAT))
-    return tokens if tokens >= _TOKENS_A_SEAT else max(0, int(room - seat) // each)
+    without_seats = int(room // bytes_per_token(config, kind))
+
+    def needed(tokens: int) -> int:
+        return cache_bytes(config, kind, tokens, running)
+
+    return bisect_right(range(1, without_seats + 1), room, key=needed)
