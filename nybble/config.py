@@ -136,11 +136,6 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def kv_elements(self) -> int:
-        """Cached numbers a token: keys and values of all layers."""
-        return 2 * self.num_layers * self.kv_size
-
 
 @dataclass(frozen=True)
 class EngineConfig:

@@ -46,10 +46,6 @@ class KVStore:
                 "smaller kv_dtype."
             ) from error
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
-
     def grown(self, num_pages: int) -> KVStore:
         """A store of `num_pages` whose first pages are those of this one."""
         settings = (self.device, self.page_size, self.seats)

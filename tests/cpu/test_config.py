@@ -62,7 +62,7 @@ def test_the_72b():
     assert config.qkv_bias
     assert not config.dynamic_ntk
     assert config.max_context == 32768
-    assert config.kv_elements * 2 == 2_621_440
+    assert (config.q_size, config.kv_size) == (8192, 8192)
     assert config.quant is not None
     assert (config.quant.bits, config.quant.group_size, config.quant.sym) == (4, 128, True)
 
