@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from nybble.cache.store import KVStore
@@ -179,10 +180,7 @@ class DecodeGraphs:
         length = max(chunk.end for chunk in chunks)
         graph = self._graph(positions, bucket(len(chunks), 1), bucket(length, _SHORTEST))
         width, device = -(-length // self.store.page_size), self.decoder.backend.device
-        idle = len(graph.ids) - len(chunks)
-        tables = [chunk.sequence.pages[:width] for chunk in chunks]
-        unowned = [self.scratch_page] * width
-        pages = [table + unowned[len(table) :] for table in tables] + [unowned] * idle
+        rows, idle = len(graph.ids), len(graph.ids) - len(chunks)
 
         def integers(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -190,7 +188,7 @@ class DecodeGraphs:
         graph.load(
             integers([chunk.tokens[0] for chunk in chunks] + [0] * idle, torch.int64),
             integers([chunk.begin for chunk in chunks] + [0] * idle),
-            integers(pages),
+            page_table(chunks, rows, width, self.scratch_page).to(device),
             integers([*first_rows, *[0] * idle]),
             integers([chunk.sequence.seat for chunk in chunks] + [self.scratch_seat] * idle),
         )
@@ -205,6 +203,15 @@ class DecodeGraphs:
                 self.decoder, self.store, positions, sequences, length, *free, self._capture
             )
         return self._graphs[key]
+
+
+def page_table(chunks: Sequence[Chunk], rows: int, width: int, unowned: int) -> torch.Tensor:
+    """int32 (rows, width), on the CPU: the pages of each chunk's sequence, then `unowned`."""
+    table = np.full((rows, width), unowned, np.int32)
+    for row, chunk in enumerate(chunks):
+        pages = chunk.sequence.pages[:width]
+        table[row, : len(pages)] = pages
+    return torch.from_numpy(table)
 
 
 def bucket(number: int, least: int) -> int:

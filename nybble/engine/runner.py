@@ -8,7 +8,7 @@ import torch
 
 from nybble.cache.store import KVStore
 from nybble.config import ModelConfig
-from nybble.engine.decode_graph import DecodeGraphs
+from nybble.engine.decode_graph import DecodeGraphs, page_table
 from nybble.engine.scheduler import Chunk
 from nybble.kernels.backend import Batch
 from nybble.model.decoder import Decoder, Step
@@ -67,10 +67,9 @@ class Runner:
         for chunk in chunks:
             starts.append(starts[-1] + len(chunk))
         most = -(-max(lengths) // size)
-        tables = (chunk.sequence.pages[:most] for chunk in chunks)
         batch = Batch(
             slots=self._integers([slot for chunk in chunks for slot in chunk.slots(size)]),
-            pages=self._integers([table + [0] * (most - len(table)) for table in tables]),
+            pages=page_table(chunks, len(chunks), most, unowned=0).to(self.device),
             starts=self._integers(starts),
             lengths=self._integers(lengths),
             max_query=max(map(len, chunks)),
@@ -79,7 +78,7 @@ class Runner:
         spans = [(chunk.begin, chunk.end) for chunk in chunks]
         return self._store.opened(batch, spans, [chunk.sequence.seat for chunk in chunks])
 
-    def _integers(self, values: list[int] | list[list[int]]) -> torch.Tensor:
+    def _integers(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 

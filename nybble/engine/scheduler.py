@@ -9,6 +9,7 @@ gives its own back and computes them again later. Never touches a tensor.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class TokenSequence:
     limit: int
     alpha: float = 1.0
     whole: bool = False
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     computed: int = 0
     reused: int = 0
     seat: int = -1
@@ -187,12 +188,12 @@ class Scheduler:
             self.preemptions += 1
             if youngest is sequence:
                 return False
-        sequence.pages += self.pool.allocate(1)
+        sequence.pages.extend(self.pool.allocate(1))
         return True
 
     def _give_back(self, sequence: TokenSequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages = array("i")
         sequence.computed = 0
         self._free_seats.append(sequence.seat)
         sequence.seat = -1
@@ -214,7 +215,7 @@ class Scheduler:
         if pool.available < wanted + len(self.running):
             pool.release(shared)
             return False
-        sequence.pages = shared + pool.allocate(wanted)
+        sequence.pages = array("i", shared + pool.allocate(wanted))
         sequence.computed = sequence.reused = len(shared) * pool.page_size
         return True
 

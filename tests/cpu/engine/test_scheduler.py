@@ -330,7 +330,7 @@ def test_a_step_that_failed_leaves_only_what_was_computed_before_it():
     waiting = machine.add(range(3))
     machine.scheduler.clear(failed)
     assert machine.scheduler.idle
-    assert waiting.pages == []
+    assert not waiting.pages
     machine.scheduler.check()
     again = machine.add(range(12), new=9)
     machine.drain()
