@@ -15,6 +15,9 @@ from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import gather_inputs
 
 _BLOCKS_K = (128, 64, 32, 16)
+_WARPS = 4
+# Before 8.0 Triton multiplies without tensor cores: more than this does not fit the registers.
+_OLD_BLOCKS_K, _OLD_WARPS = (32, 16), 8
 _BLOCK_N = 64
 _WANTED_BLOCKS = 512  # a small batch splits K until the grid has about so many
 
@@ -73,6 +76,11 @@ def refusal(matrix: QuantMatrix) -> str | None:
     return None
 
 
+def _is_old(matrix: QuantMatrix) -> bool:
+    cuda = matrix.device.type == "cuda"
+    return cuda and torch.cuda.get_device_capability(matrix.device) < (8, 0)
+
+
 class TritonLinear:
     """y = x W + bias; x (tokens, K) in fp16, bf16 or fp32, y (tokens, N) in the same dtype."""
 
@@ -87,10 +95,9 @@ class TritonLinear:
         self._zeros = None if matrix.zeros is None else matrix.zeros.contiguous()
         self._bias = bias
         self._group_size = matrix.rows if one_group else matrix.group_size
+        sizes, self._warps = (_OLD_BLOCKS_K, _OLD_WARPS) if _is_old(matrix) else (_BLOCKS_K, _WARPS)
         self._block_k = next(
-            size
-            for size in _BLOCKS_K
-            if matrix.group_size % size == 0 or (one_group and size == 64)
+            size for size in sizes if matrix.group_size % size == 0 or (one_group and size <= 64)
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,6 +126,7 @@ class TritonLinear:
                 block_m=block_m,
                 block_n=_BLOCK_N,
                 block_k=self._block_k,
+                num_warps=self._warps,
             )
         y = sums.sum(0)
         return (y if self._bias is None else y + self._bias).to(x.dtype)

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from nybble.errors import ConfigError
 from nybble.kernels import ref
+from nybble.kernels.cuda import triton_gemm
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.cuda.triton_gemm import TritonLinear
 
@@ -58,3 +59,13 @@ def test_refusals_say_what_to_do():
     with pytest.raises(ConfigError, match="convert the input"):
         linear(torch.zeros(2, 65))
     assert linear(torch.zeros(0, 64)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(("group_size", "inputs"), [(16, 48), (128, 256), (-1, 90)])
+def test_gpus_without_tensor_cores_for_triton_take_small_blocks(monkeypatch, group_size, inputs):
+    monkeypatch.setattr(triton_gemm, "_is_old", lambda matrix: True)
+    random = torch.Generator().manual_seed(inputs)
+    matrix = random_matrix(inputs, 70, group_size=group_size, random=random)
+    x = torch.randn(20, inputs, generator=random)
+    assert TritonLinear(matrix)._block_k <= 32
+    assert relative_error(matrix, x) < TOLERANCE[x.dtype]
