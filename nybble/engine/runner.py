@@ -31,9 +31,11 @@ class Runner:
     ) -> None:
         self.device = decoder.backend.device
         self.num_pages = num_pages
-        self._positions = PositionTable(decoder.config, self.device)
         # The other kernels read device values on the host, which no graph can capture.
         captured = decoder.backend.name == "cuda"
+        context = min(num_pages * page_size, decoder.config.max_context)
+        least = context if captured else _LEAST_POSITIONS  # a table that grows costs all graphs
+        self._positions = PositionTable(decoder.config, self.device, least)
         first = num_pages + 1 if captured else 0
         held = seats + 1 if captured else seats  # the padding of decode graphs has a seat, too
         self._store = KVStore(decoder.config, kind, first, self.device, page_size, held)
@@ -93,10 +95,13 @@ def _rows(chunks: Sequence[Chunk], every: Collection[int]) -> list[int]:
 
 
 class PositionTable:
-    """The factors of every position met so far, one stretch of rows for each NTK alpha."""
+    """The factors of every position met so far, one stretch of rows for each NTK alpha.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
+    least: rows that the first stretch has from the start.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, least: int) -> None:
+        self._config, self._device, self._least = config, device, least
         self._length = 0
         self._first_rows: dict[float, int] = {}
         self.table = make_positions(config, 1.0, 0, device)
@@ -122,7 +127,7 @@ class PositionTable:
 
     def _build(self, alphas: list[float], length: int) -> None:
         if length > self._length:
-            self._length = max(length, 2 * self._length, _LEAST_POSITIONS)
+            self._length = max(length, 2 * self._length, self._least)
         self._first_rows = {alpha: i * self._length for i, alpha in enumerate(alphas)}
         parts = (make_positions(self._config, a, self._length, self._device) for a in alphas)
         self.table = Positions.joined(list(parts))

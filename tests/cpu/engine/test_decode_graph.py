@@ -8,6 +8,9 @@ import toy
 
 from nybble.cache.store import KVStore
 from nybble.engine.decode_graph import Capture, DecodeGraph, DecodeGraphs, bucket
+from nybble.engine.runner import PositionTable
+from nybble.engine.scheduler import Chunk, TokenSequence
+from nybble.model import read_model_config
 from nybble.sampling import SamplingParams
 
 PROMPTS = [list(range(10, 20 + 9 * n)) for n in range(5)]
@@ -74,3 +77,19 @@ def test_a_graph_feeds_itself(make_engine, tmp_path):
 def test_buckets(number, found):
     assert bucket(number, 1) == found
     assert bucket(number, 1024) == 1024
+
+
+def test_a_table_made_for_the_whole_context_stays(data):
+    """Graphs hold its address: one that grows with an answer would cost all of them."""
+    config = read_model_config(data / "qwen1-plain")
+    whole = PositionTable(config, torch.device("cpu"), least=2048)
+    growing = PositionTable(config, torch.device("cpu"), least=512)
+    tables = set()
+    for end in (5, 600, 1100):
+        chunk = Chunk(TokenSequence(list(range(end)), 2000, 1.0), end - 1, end, complete=True)
+        whole.cover([chunk])
+        growing.cover([chunk])
+        assert torch.equal(whole.rows([chunk]).cos, growing.rows([chunk]).cos)
+        tables.add(id(whole.table))
+    assert len(tables) == 1
+    assert len(whole.table.cos) == 2048
