@@ -10,6 +10,7 @@ from paged_samples import empty_layer, make_batch, pages_of, relative_error
 from toy import write_llama
 
 from nybble import LLM, SamplingParams
+from nybble.bench import shapes
 from nybble.checkpoint import Checkpoint
 from nybble.engine.engine import Engine
 from nybble.errors import ConfigError
@@ -125,6 +126,16 @@ def test_self_test_of_matrices(random, monkeypatch):
     monkeypatch.setattr(ref, "dequantize", lambda _: wrong)
     with pytest.raises(ConfigError, match="matrix"):
         selftest.check_linear(backend, matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen-1.8b-int4", "qwen-72b-int4"])
+def test_self_test_of_every_product(name, dtype):
+    config = shapes.shape(name)
+    for bits in (4, 8):
+        quant = dataclasses.replace(config.quant, bits=bits)
+        changed = dataclasses.replace(config, quant=quant)
+        selftest.check_model(CudaBackend("cuda", dtype), changed, "int8")
 
 
 def test_refusals():
