@@ -27,15 +27,15 @@ class Answers:
 
     def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
         self.output = output
-        self.journal = output.with_name(output.name + ".part")
+        self.journal = output.parent / f"{output.name}.part"
         self._about = json.loads(json.dumps(about))
         self._places: dict[int, int] = {}  # line of the prompt -> offset in the journal
         self.failed = 0
         self._file: BinaryIO
 
     def __enter__(self) -> Answers:
-        if self.output.exists():
-            raise ConfigError(f"{self.output} exists: remove it, or give --output another name.")
+        if os.path.lexists(self.output):
+            raise self._exists()
         with _file_errors(self.journal):
             self._file = self.journal.open("a+b")
         try:
@@ -68,7 +68,10 @@ class Answers:
         self._append({"line": line, **answer})
 
     def finish(self, lines: Iterable[int]) -> None:
-        """Put the answers into the output, in this order, all at once."""
+        """Put the answers into the output, in this order, all at once.
+
+        ConfigError where another file has taken that name meanwhile; the journal stays then.
+        """
         sorted_part = self.journal.with_name(self.journal.name + ".sorted")
         with _file_errors(sorted_part):
             with sorted_part.open("wb") as file:
@@ -77,8 +80,18 @@ class Answers:
                     file.write(self._file.readline())
                 file.flush()
                 os.fsync(file.fileno())
+            self._take_name()
             sorted_part.replace(self.output)
             self.journal.unlink()
+
+    def _take_name(self) -> None:
+        try:
+            self.output.touch(exist_ok=False)
+        except FileExistsError as error:
+            raise self._exists() from error
+
+    def _exists(self) -> ConfigError:
+        return ConfigError(f"{self.output} exists: move it away, or give --output another name.")
 
     # -- the journal ---------------------------------------------------------------------------
 
@@ -93,11 +106,16 @@ class Answers:
         end = 0
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
+                # Only the beginning of our own first line is ours to remove.
+                if number == 0 and not _line(self._about).startswith(line):
+                    raise self._damaged("its first line is cut off")
                 self._file.truncate(end)
                 break
             row = self._parsed(line)
             if number == 0:
                 self._check_same(row)
+            elif type(row.get("line")) is not int:
+                raise self._damaged(f"line {number + 1} is no answer")
             else:
                 self._place(row, end)
             end += len(line)
@@ -110,11 +128,18 @@ class Answers:
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
-            return dict(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.journal} is damaged ({error}): remove it to begin anew."
-            ) from error
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(error) from error
+        if not isinstance(row, dict):
+            raise self._damaged("a line of it is no JSON object")
+        return row
+
+    def _damaged(self, problem: object) -> ConfigError:
+        return ConfigError(
+            f"{self.journal} is no journal of a run, or damaged ({problem}): move it away to "
+            "begin anew, or give --output another name."
+        )
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
         if differ := [key for key in self._about if before.get(key) != self._about[key]]:
@@ -126,8 +151,12 @@ class Answers:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with _file_errors(self.journal):
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.write(_line(row))
             self._file.flush()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 @contextmanager

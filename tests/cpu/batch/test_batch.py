@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import toy
@@ -204,6 +205,53 @@ def test_nothing_finished_is_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="exists"), Answers(target, ABOUT):
         pass
     with pytest.raises(ConfigError, match="cannot be written"), Answers(target / "x", ABOUT):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"another program's download",
+        b"5\n",
+        b"null\n",
+        b"[]\n",
+        b"\xff\n",
+        b'{"model": "toy"}\n5\n',
+        b'{"model": "toy"}\n{"x": 1}\n',
+        b'{"model": "toy"}\n' + b"[" * 100_000 + b"\n",
+    ],
+)
+def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path, content):
+    journal = tmp_path / "movie.part"
+    journal.write_bytes(content)
+    with (
+        pytest.raises(ConfigError, match=r"movie\.part is no journal .* --output"),
+        Answers(tmp_path / "movie", ABOUT),
+    ):
+        pass
+    assert journal.read_bytes() == content
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "answers.jsonl"
+    with Answers(target, ABOUT) as answers:
+        answers.add(1, {"text": "a"})
+        target.write_text("precious")
+        with pytest.raises(ConfigError, match=r"exists: move it away"):
+            answers.finish([1])
+    assert target.read_text() == "precious"
+    target.unlink()
+    with Answers(target, ABOUT) as answers:
+        answers.finish([1])
+    assert read(target) == [{"line": 1, "text": "a"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "link"])
+def test_an_output_that_can_be_no_file_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="exists"), Answers(Path(name), ABOUT):
         pass
 
 
