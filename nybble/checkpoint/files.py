@@ -86,8 +86,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. CheckpointError: missing, no UTF-8, no JSON, no object."""
-    require_regular(path)
+    """The JSON object in `path`. CheckpointError: missing, no UTF-8, no JSON, no object, a link
+    that leaves its folder."""
+    require_regular(inside(path.parent, path.name))
     with file_errors(path):
         data = path.read_bytes()
     refuse_lfs_pointer(path, data)

@@ -91,8 +91,12 @@ class CheckpointWriter:
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, such as config.json; `name` is a plain file name."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        self.add_text(name, text + "\n")
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a text file; `name` is a plain file name."""
         with file_errors(self.folder / name):
-            self._new_path(name).write_text(text + "\n", encoding="utf-8")
+            self._new_path(name).write_text(text, encoding="utf-8")
 
     def add_file(self, source: Path) -> None:
         """Copy a file, such as qwen.tiktoken, under its own name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint import Checkpoint, CheckpointWriter, read_json
+from nybble.checkpoint.files import inside
 from nybble.config import ModelConfig, QuantConfig
 from nybble.gptq.journal import Journal
 from nybble.gptq.report import ModuleResult, Report, model_card
@@ -43,16 +44,14 @@ def write_folder(
             for name, tensor in journal.load(index)[0].items():
                 writer.add(name, tensor)
                 size += tensor.nbytes
-        for path in _sidecars(checkpoint.folder):
+        for path in sidecars(checkpoint.folder):
             writer.add_file(path)
         document = read_json(checkpoint.folder / "config.json")
         document["quantization_config"] = quantization_config(quant)
         writer.add_json("config.json", document)
         report = replace(report, target_bytes=size)
         writer.add_json(REPORT_NAME, report.lasting())
-        card = journal.folder / "README.md"
-        card.write_text(model_card(report), encoding="utf-8")
-        writer.add_file(card)
+        writer.add_text("README.md", model_card(report))
     return report
 
 
@@ -68,14 +67,15 @@ def read_report(target: Path, settings: Mapping[str, Any]) -> Report | None:
     return Report(**{**kept, "modules": modules})
 
 
-def _sidecars(folder: Path) -> list[Path]:
+def sidecars(folder: Path) -> list[Path]:
+    """The files that go with the weights. CheckpointError: a link that leaves the folder."""
     return sorted(
-        path
+        inside(folder, path.name)
         for path in folder.iterdir()
         if path.is_file()
         and path.suffix in _SIDECARS
         and path.name not in ("config.json", "README.md", REPORT_NAME)
-        and not path.name.endswith(".safetensors.index.json")
+        and not path.name.endswith(".index.json")  # of shards, whatever their format
         and not path.name.startswith(".")
     )
 

@@ -21,7 +21,7 @@ from nybble.config import ModelConfig, QuantConfig
 from nybble.errors import ConfigError, NumericsError
 from nybble.gptq.blocks import STAGES, Block, States, Statistics, collect
 from nybble.gptq.journal import Journal, journal_folder
-from nybble.gptq.output import read_report, write_folder
+from nybble.gptq.output import read_report, sidecars, write_folder
 from nybble.gptq.report import ModuleResult, Report
 from nybble.gptq.solver import Solution, SolverOptions, corrected_target, solve
 from nybble.kernels.backend import LinearFn
@@ -77,6 +77,7 @@ def quantize_checkpoint(
     began = time.monotonic()
     config = _checked_config(source, quant, windows)
     checkpoint = Checkpoint.open(source)
+    sidecars(source)  # a bad one is refused now, not after the last layer
     settings = _settings(checkpoint, quant, windows, options)
     if not journal_folder(target).exists():
         _refuse_taken(target)

@@ -32,6 +32,15 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, problem: str) -> None:
         read_json(tmp_path / "config.json")
 
 
+def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").symlink_to("../secret.json")
+    with pytest.raises(CheckpointError, match="leaves the model's folder"):
+        read_json(folder / "config.json")
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_json(tmp_path / "config.json")

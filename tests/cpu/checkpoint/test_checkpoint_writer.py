@@ -80,6 +80,8 @@ def test_other_files_are_written_beside_the_weights(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "model") as out:
         out.add_json("config.json", {"name": "千问", "eps": 1e-6})
         out.add_file(tmp_path / "qwen.tiktoken")
+        out.add_text("README.md", "千问")
+    assert (tmp_path / "model/README.md").read_text("utf-8") == "千问"
     assert read_json(tmp_path / "model/config.json") == {"name": "千问", "eps": 1e-6}
     assert (tmp_path / "model/qwen.tiktoken").read_bytes() == b"IQ== 0\n"
     assert sorted(os.listdir(tmp_path)) == ["model", "qwen.tiktoken"]

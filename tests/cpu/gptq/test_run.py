@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from nybble.checkpoint import Checkpoint, read_json
+from nybble.checkpoint import Checkpoint, CheckpointWriter, read_json
 from nybble.config import QuantConfig
 from nybble.errors import CapacityError, CheckpointError, ConfigError, NumericsError
 from nybble.gptq import journal as journal_module
@@ -111,6 +112,7 @@ def test_everything_else_is_carried_over(qwen, tmp_path, windows):
     (qwen / "generation_config.json").write_text("{}")
     (qwen / "README.md").write_text("the original's card")
     (qwen / "pytorch_model.bin").write_text("never")
+    (qwen / "pytorch_model.bin.index.json").write_text("{}")
     target = tmp_path / "out"
     report = quantize_checkpoint(qwen, target, INT4, windows)
     assert {path.name for path in target.iterdir()} == {
@@ -131,6 +133,37 @@ def test_everything_else_is_carried_over(qwen, tmp_path, windows):
     assert kept["target_bytes"] == report.target_bytes == after.nbytes
     assert [module["error"] for module in kept["modules"]] == [m.error for m in report.modules]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_links_out_of_the_source_are_refused_before_the_first_layer(
+    llama, tmp_path, windows, name
+):
+    secret = tmp_path / "secret"
+    secret.write_bytes((llama / "config.json").read_bytes())
+    (llama / name).unlink(missing_ok=True)
+    (llama / name).symlink_to(secret)
+    seen = []
+    with pytest.raises(CheckpointError, match=rf"{name} is a link that leaves"):
+        quantize_checkpoint(
+            llama, tmp_path / "out", INT4, windows, progress=lambda *step: seen.append(step)
+        )
+    assert not seen
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_at_the_model_card(llama, tmp_path, windows, monkeypatch):
+    new_path = CheckpointWriter._new_path
+    monkeypatch.setattr(
+        CheckpointWriter,
+        "_new_path",
+        lambda self, name: Path("/dev/full") if name == "README.md" else new_path(self, name),
+    )
+    with pytest.raises(CapacityError, match=r"disk is full while writing .*README\.md"):
+        quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
+    monkeypatch.undo()
+    quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
 
 
 class Killed(BaseException):
