@@ -78,7 +78,7 @@ def quantize_checkpoint(
     config = _checked_config(source, quant, windows)
     checkpoint = Checkpoint.open(source)
     sidecars(source)  # a bad one is refused now, not after the last layer
-    settings = _settings(checkpoint, quant, windows, options)
+    settings = _settings(checkpoint, config, quant, windows, options)
     if not journal_folder(target).exists():
         _refuse_taken(target)
     with Journal(target, settings) as journal:
@@ -124,6 +124,7 @@ def _checked_config(
 
 def _settings(
     checkpoint: Checkpoint,
+    config: ModelConfig,
     quant: QuantConfig,
     windows: Sequence[Sequence[int]],
     options: RunOptions,
@@ -140,6 +141,7 @@ def _settings(
             "tokens": sum(map(len, windows)),
             "sha256": ids,
         },
+        "config": hashlib.sha256(repr(config).encode()).hexdigest(),
         "weights": _fingerprint(checkpoint),
         "algorithm": _ALGORITHM,
     }
@@ -150,7 +152,7 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in sorted(checkpoint.names()):
         info = checkpoint.info(name)
-        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        digest.update(f"{name!r} {info.dtype} {info.shape}".encode())
         first = checkpoint.tensor(name).flatten()[:1024].contiguous()
         digest.update(first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -252,6 +252,11 @@ def test_other_settings_do_not_continue_a_run(llama, tmp_path, windows):
         quantize_checkpoint(llama, target, INT8, windows)
     with pytest.raises(ConfigError, match="differs in calibration"):
         quantize_checkpoint(llama, target, INT4, windows[:2])
+    before = (llama / "config.json").read_text()
+    (llama / "config.json").write_text(before.replace("1e-05", "1e-03"))
+    with pytest.raises(ConfigError, match="differs in config"):
+        quantize_checkpoint(llama, target, INT4, windows)
+    (llama / "config.json").write_text(before)
     quantize_checkpoint(llama, target, INT4, windows)
 
 
