@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli import console
-from nybble.cli.loading import load
+from nybble.cli.loading import load, pull_folder
 from nybble.cli.options import Running, Sampling
 from nybble.errors import ConfigError, RequestError
 
@@ -59,10 +59,11 @@ def run(
     from nybble.batch.run import Batch
 
     rows = read_rows(source)
-    with Answers(target, _about(model, rows, sampling)) as answers:
+    folder = pull_folder(model)
+    with Answers(target, _about(model, folder, rows, sampling)) as answers:
         if answers and not quiet:
             console.note(f"{len(answers):,} of {len(rows):,} rows are answered already.")
-        llm = load(model, running, quiet)
+        llm = load(str(folder), running, quiet)
         try:
             with console.ProgressBar() as bar:
                 params = sampling.params(llm.default_params)
@@ -99,11 +100,14 @@ class _Shown:
             )
 
 
-def _about(model: str, rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
+def _about(model: str, folder: Path, rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
     """What makes a run the same run, under the names that a refusal shows."""
+    from nybble.checkpoint import Checkpoint
+
     content = json.dumps([asdict(row) for row in rows]).encode()
     return {
         "model": model,
+        "weights": Checkpoint.open(folder).fingerprint(),
         "input": hashlib.blake2b(content, digest_size=16).hexdigest(),
         "sampling": asdict(sampling),
     }

@@ -39,7 +39,7 @@ def _what_runs(model: str, llm: LLM) -> str:
     )
 
 
-def pull_folder(model: str, revision: str | None, source: str) -> Path:
+def pull_folder(model: str, revision: str | None = None, source: str = "huggingface") -> Path:
     """The folder of a model, downloaded if it is not here yet."""
     if source not in _SOURCES:
         raise ConfigError(f"--source is {source!r}: choose {' or '.join(_SOURCES)}.")

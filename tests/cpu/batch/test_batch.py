@@ -301,6 +301,25 @@ def test_rows_that_failed_are_counted_in_the_exit_code(folder, tmp_path):
     assert [("error" in row) for row in read(tmp_path / "a.jsonl")] == [False, True]
 
 
+def test_other_weights_under_the_same_name_do_not_go_on(tmp_path, monkeypatch):
+    def cut_off(*_):
+        raise ConfigError("cut off")
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    toy.write_llama(folder)
+    source, target = write(tmp_path / "p.jsonl", [{"prompt": "a"}]), tmp_path / "a.jsonl"
+    arguments = [folder, "--input", source, "--output", target, "--max-tokens", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "run", cut_off)
+        assert "cut off" in run(*arguments).stderr
+    weights = toy.llama_weights(seed=7)
+    toy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "differs in weights" in run(*arguments).stderr
+    toy.write_llama(folder)
+    assert run(*arguments).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
