@@ -57,14 +57,15 @@ def read_windows(
 
     Long texts are cut into windows, chats are cut off at one; a text's tail shorter than a
     window is a window too, unless other windows of it are full. Raises ConfigError, which names
-    the line, for an empty or too short file, one that is not UTF-8, and unknown fields.
+    the line, for an empty or too short file, one that is not UTF-8, and lines of another form.
     """
     where = "The default calibration text" if path is None else str(path)
     windows: list[list[int]] = []
     tokens = 0
     for ids, whole in _documents(tokenizer, path):
         tokens += len(ids)
-        windows += [ids[: options.length]] if whole else _cut(ids, options.length)
+        if ids:
+            windows += [ids[: options.length]] if whole else _cut(ids, options.length)
     if tokens < _LEAST_TOKENS:
         raise ConfigError(
             f"{where} gives {tokens} tokens, too few to measure anything: give at least "
@@ -83,7 +84,7 @@ def read_text(path: Path) -> str:
             raise ConfigError(f"{path} {problem}: give a file with text.")
         data = path.read_bytes()
     try:
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 at byte {error.start}: convert it first."
@@ -120,7 +121,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         records = _parse(text, str(path))
         yield from ((f"item {number}", record) for number, record in enumerate(records, start=1))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", _parse(line, f"{path}, line {number}")
 

@@ -86,6 +86,28 @@ def test_jsonl_holds_texts_and_chats(tmp_path):
     assert len(windows[2]) == 150
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085"])
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    texts = ["one" + separator + "two " * 100, "three " * 100]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    windows = windows_of(tmp_path / "data.jsonl", "\r\n".join(lines) + "\r\n")
+    assert [spell(window) for window in windows] == texts
+
+
+def test_a_row_without_text_is_passed_over(tmp_path):
+    lines = [{"text": "one " * 100}, {"text": ""}, {"messages": []}]
+    text = "\n".join(map(json.dumps, lines))
+    assert [spell(w) for w in windows_of(tmp_path / "data.jsonl", text)] == ["one " * 100]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    record = {"text": "one " * 100}
+    text = {"jsonl": json.dumps(record), "json": json.dumps([record]), "txt": record["text"]}
+    [window] = windows_of(tmp_path / name, "\ufeff" + text[name.partition(".")[2]])
+    assert spell(window) == record["text"]
+
+
 @pytest.mark.parametrize(("human", "model"), [("user", "assistant"), ("human", "gpt")])
 def test_the_first_generations_training_data(tmp_path, human, model):
     turns = [{"from": human, "value": CHAT[0]["content"]}, {"from": model, "value": "Half."}]

@@ -136,9 +136,7 @@ def test_everything_else_is_carried_over(qwen, tmp_path, windows):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
-def test_links_out_of_the_source_are_refused_before_the_first_layer(
-    llama, tmp_path, windows, name
-):
+def test_links_out_of_the_source_are_refused_before_the_first_layer(llama, tmp_path, windows, name):
     secret = tmp_path / "secret"
     secret.write_bytes((llama / "config.json").read_bytes())
     (llama / name).unlink(missing_ok=True)
