@@ -16,7 +16,7 @@ from nybble.config import QuantConfig
 
 # Fractions of the min-max range. Clipping a few outliers often costs less than coarse steps.
 _SHRINKS = tuple(1.0 - 0.04 * step for step in range(13))
-_SMALLEST = torch.finfo(torch.float16).tiny
+_SMALLEST = 2.0**-24  # of all fp16 numbers, the subnormal ones too
 
 
 def search_grid(

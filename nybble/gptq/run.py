@@ -34,7 +34,7 @@ from nybble.model.names import NAMES
 from nybble.quant.gptq import GptqTensors, read_matrix, write_tensors
 
 # Raised when equal settings would give other bytes, so that old journals are not continued.
-_ALGORITHM = 2
+_ALGORITHM = 3
 
 Progress = Callable[[ModuleResult, int, int], None]
 """Called after each linear with its result, linears done and linears in all."""

@@ -193,6 +193,15 @@ def test_dead_inputs_are_rounded_to_nearest():
     )
 
 
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (8, True), (8, False)])
+def test_small_weights_lose_no_more_than_large_ones(bits, sym):
+    """Their scales are fp16 numbers too, below the smallest that is normal."""
+    weight, hessian = problem(64, 16, seed=1)
+    config = QuantConfig(bits, 32, False, sym)
+    wanted = solve(weight, hessian, config).error
+    assert solve(weight * 2**bits / 2**14, hessian, config).error < 1.2 * wanted
+
+
 def test_constant_and_zero_rows():
     weight, hessian = problem(64, 4, seed=1)
     weight[:, 0], weight[:, 1] = 0, 0.25
