@@ -36,20 +36,16 @@ class CheckpointWriter:
     next one that writes the same folder. Memory: one tensor.
     """
 
-    def __init__(
-        self, folder: Path, max_shard_bytes: int = 2 * 1024**3, overwrite: bool = False
-    ) -> None:
-        """overwrite: replace a checkpoint that already stands there (nothing else is)."""
+    def __init__(self, folder: Path, max_shard_bytes: int = 2 * 1024**3) -> None:
         self.folder = Path(os.path.realpath(folder))
         self._partial = self.folder.parent / f".{self.folder.name}.partial"
         self._max_shard_bytes = max_shard_bytes
-        self._overwrite = overwrite
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
         self._lock = -1
 
     def __enter__(self) -> CheckpointWriter:
-        self._check_target()
+        check_target(self.folder)
         with file_errors(self._partial):
             self._partial.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._partial)
@@ -135,7 +131,8 @@ class CheckpointWriter:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(self._partial)
-        self._move_into_place()
+        check_target(self.folder)
+        self._partial.rename(self.folder)  # of an empty folder it takes the place
         sync_folder(self.folder.parent)
 
     def _discard(self) -> None:
@@ -144,35 +141,18 @@ class CheckpointWriter:
                 shard.file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _check_target(self) -> None:
-        with file_errors(self.folder):
-            taken = self.folder.exists() and any(self.folder.iterdir())
-        if not taken:
-            return
-        if not self._overwrite:
-            raise CheckpointError(
-                f"{self.folder} is not empty: choose another folder, or say that it is to be "
-                "overwritten."
-            )
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder} is not a model folder, so it is not overwritten: choose another."
-            )
 
-    def _move_into_place(self) -> None:
-        self._check_target()
-        if not self.folder.exists():
-            self._partial.rename(self.folder)
-            return
-        old = self._partial.with_suffix(".old")
-        shutil.rmtree(old, ignore_errors=True)
-        self.folder.rename(old)
-        try:
-            self._partial.rename(self.folder)
-        except OSError:
-            old.rename(self.folder)
-            raise
-        shutil.rmtree(old)
+def check_target(folder: Path) -> None:
+    """CheckpointError unless a new model can take this name: a free one, or an empty folder's."""
+    folder = Path(os.path.realpath(folder))
+    with file_errors(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is not empty: choose another folder.")
+        if folder.is_mount():
+            raise CheckpointError(
+                f"{folder} is where a disk is mounted, whose name no other folder can take: "
+                "name a folder inside it."
+            )
 
 
 class _Shard:

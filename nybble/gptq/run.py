@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nybble.checkpoint import Checkpoint
+from nybble.checkpoint.writer import check_target
 from nybble.config import ModelConfig, QuantConfig
 from nybble.errors import ConfigError, NumericsError
 from nybble.gptq.blocks import STAGES, Block, States, Statistics, collect
@@ -71,8 +72,8 @@ def quantize_checkpoint(
     windows: calibration token ids, one sequence each. A run that was killed goes on where it
     stopped when it is called again with the same arguments, and ends with the same bytes.
     Raises ConfigError for what cannot be quantised, CheckpointError for damaged or foreign
-    files and for a target that is not empty, CapacityError for a full disk, NumericsError,
-    which names the linear, for NaN or Inf.
+    files and for a target that is taken, CapacityError for a full disk, NumericsError, which
+    names the linear, for NaN or Inf.
     """
     began = time.monotonic()
     config = _checked_config(source, quant, windows)
@@ -80,24 +81,17 @@ def quantize_checkpoint(
     sidecars(source)  # a bad one is refused now, not after the last layer
     settings = _settings(checkpoint, config, quant, windows, options)
     if not journal_folder(target).exists():
-        _refuse_taken(target)
+        check_target(target)
     with Journal(target, settings) as journal:
         # A finished target beside a journal: the last run was killed between its last two steps.
         report = read_report(target, settings)
         if report is None:
-            _refuse_taken(target)
+            check_target(target)
             modules = _Run(checkpoint, config, quant, options, journal, progress).layers(windows)
             report = Report(source.resolve().name, settings, modules, checkpoint.nbytes)
             report = write_folder(checkpoint, config, quant, journal, target, report)
         journal.remove()
     return replace(report, seconds=time.monotonic() - began)
-
-
-def _refuse_taken(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(
-            f"{target} is not an empty folder: choose another name, or empty it first."
-        )
 
 
 def _checked_config(

@@ -204,43 +204,53 @@ def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
     (tmp_path / "notes/mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is not empty"), CheckpointWriter(tmp_path / "notes"):
         pass
-    with (
-        pytest.raises(CheckpointError, match="not a model folder"),
-        CheckpointWriter(tmp_path / "notes", overwrite=True),
-    ):
-        pass
     assert (tmp_path / "notes/mine.txt").read_text() == "mine"
     assert os.listdir(tmp_path) == ["notes"]
 
 
-def write_number(folder: Path, value: int, overwrite: bool = False) -> None:
-    with CheckpointWriter(folder, overwrite=overwrite) as out:
+def write_number(folder: Path, value: int) -> None:
+    with CheckpointWriter(folder) as out:
         out.add_json("config.json", {"value": value})
         out.add("a", torch.tensor([value]))
 
 
-def test_overwriting_replaces_the_whole_folder_or_nothing(
+def test_an_empty_folder_is_replaced_by_the_whole_or_by_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    write_number(folder, 1)
-    (folder / "old.json").write_text("{}")
-    write_number(folder, 2, overwrite=True)
-    assert Checkpoint.open(folder).tensor("a").item() == 2
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    rename = Path.rename
-
-    def fail_at_the_end(self: Path, target: Path) -> Path:
-        if self.name == ".model.partial":
-            fail(errno.EIO)
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_at_the_end)
-    with pytest.raises(CheckpointError, match="check the path and the disk"):
-        write_number(folder, 3, overwrite=True)
-    assert Checkpoint.open(folder).tensor("a").item() == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: fail(errno.EIO))
+        with pytest.raises(CheckpointError, match="check the path and the disk"):
+            write_number(folder, 1)
     assert os.listdir(tmp_path) == ["model"]
+    assert os.listdir(folder) == []
+    write_number(folder, 1)
+    assert Checkpoint.open(folder).tensor("a").item() == 1
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_fills_meanwhile_is_kept(tmp_path: Path) -> None:
+    def write() -> None:
+        with CheckpointWriter(tmp_path / "model") as out:
+            out.add("a", torch.ones(1))
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model/mine.txt").touch()
+
+    with pytest.raises(CheckpointError, match="is not empty"):
+        write()
+    assert os.listdir(tmp_path) == ["model"]
+    assert os.listdir(tmp_path / "model") == ["mine.txt"]
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "model")
+    with pytest.raises(CheckpointError, match="a folder inside it"):
+        CheckpointWriter(tmp_path / "model").__enter__()
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "link").symlink_to("model")
+    with pytest.raises(CheckpointError, match="a folder inside it"):
+        writer.check_target(tmp_path / "link")
 
 
 def test_the_target_of_a_link_and_dots_in_a_path(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_a_target_that_is_not_empty_is_left_alone(llama, tmp_path, windows, cont
     target = tmp_path / "out"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(CheckpointError, match=r"out is not empty: choose"):
         quantize_checkpoint(llama, target, INT4, windows)
     assert content(target) == {"thesis.txt": b"mine"}
     assert not list(tmp_path.glob(".*"))
