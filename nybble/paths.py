@@ -1,4 +1,4 @@
-"""Where nybble keeps what it makes for itself."""
+"""Where nybble keeps what it makes for itself, and which folder a user means."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def cache_dir() -> Path:
             "This user has no home folder to keep models and kernels in: set NYBBLE_CACHE to a "
             "folder."
         ) from error
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder of this name, or None; whatever can be no path, a long prompt say, is none."""
+    try:
+        path = Path(model).expanduser()
+        return path if str(model) and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, not to be looked into; nobody's home
+        return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from nybble import demo
 from nybble.checkpoint import hub
 from nybble.errors import CheckpointError
+from nybble.paths import local_folder
 
 Progress = Callable[[str, int, int], None]
 
@@ -24,9 +25,8 @@ def resolve(
     "modelscope:owner/name" asks ModelScope instead of the Hugging Face hub. `revision` applies
     to hub repositories. CheckpointError says what the name could have been.
     """
-    path = Path(model).expanduser()
-    if str(model) and path.is_dir():
-        return path
+    if (folder := local_folder(model)) is not None:
+        return folder
     name = str(model)
     if name in demo.NAMES:
         return demo.demo_folder(name, progress)
@@ -39,13 +39,12 @@ def resolve(
 
 def find(model: str | Path) -> Path:
     """`resolve` without a download: CheckpointError where the model is not on this machine."""
-    path = Path(model).expanduser()
-    if str(model) and path.is_dir():
-        return path
+    if (folder := local_folder(model)) is not None:
+        return folder
     name = str(model)
     repo_id = name.removeprefix(_MODELSCOPE)
     if name in demo.NAMES:
-        found = demo.location(name) if demo.location(name).exists() else None
+        found = local_folder(demo.location(name))
     elif _REPO_ID.fullmatch(repo_id):
         found = hub.cached(repo_id, "huggingface" if repo_id == name else "modelscope")
     else:

@@ -44,9 +44,10 @@ def pull_folder(model: str, revision: str | None = None, source: str = "huggingf
     if source not in _SOURCES:
         raise ConfigError(f"--source is {source!r}: choose {' or '.join(_SOURCES)}.")
     from nybble import demo
+    from nybble.paths import local_folder
     from nybble.resolve import resolve
 
-    if revision is not None and (model in demo.NAMES or Path(model).expanduser().is_dir()):
+    if revision is not None and (model in demo.NAMES or local_folder(model) is not None):
         raise ConfigError("--revision goes with a hub repository only: leave it out.")
     name = f"modelscope:{model}" if source == "modelscope" else model
     with console.ProgressBar() as progress:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from nybble.paths import local_folder
+
 if TYPE_CHECKING:
     from nybble.sampling import SamplingParams
 
@@ -20,15 +22,9 @@ def _option(help_text: str) -> Any:
 
 
 def _checked_model(name: str) -> str:
-    if any(character.isspace() for character in name) and not _is_folder(name):
+    if any(character.isspace() for character in name) and local_folder(name) is None:
         raise typer.BadParameter(f"{name!r} looks like a prompt; the model comes first: demo, say.")
     return name
-
-
-def _is_folder(name: str) -> bool:
-    from pathlib import Path
-
-    return Path(name).expanduser().is_dir()
 
 
 Model = Annotated[

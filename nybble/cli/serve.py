@@ -9,7 +9,6 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +16,7 @@ import typer
 from nybble.cli import console
 from nybble.cli.options import Running
 from nybble.errors import ConfigError
+from nybble.paths import local_folder
 
 _GPU_STEP = 2048
 
@@ -131,8 +131,8 @@ def _load(model: str, running: Batching, quiet: bool) -> LLM:
 
 def _name(model: str) -> str:
     """What clients call a model: a folder by its own name, without where it stands."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    folder = local_folder(model)
+    return model if folder is None else folder.resolve().name
 
 
 def _has_desktop() -> bool:

@@ -153,8 +153,9 @@ def test_debug_lets_the_error_through(llm: FakeLLM) -> None:
     assert "poison" in str(result.exception)
 
 
-def test_a_prompt_in_the_models_place_is_noticed(tmp_path: Path) -> None:
-    result = run("chat", "What is the capital of France?")
+@pytest.mark.parametrize("prompt", ["What is the capital of France?", "Why? " * 1000])
+def test_a_prompt_in_the_models_place_is_noticed(prompt: str) -> None:
+    result = run("chat", prompt)
     assert result.exit_code == 2
     assert "the model comes first" in result.stderr
 
@@ -162,6 +163,24 @@ def test_a_prompt_in_the_models_place_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["chat", "--nonsense"], ["chatt"], ["pull"], ["info"]])
 def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["why?" * 1000, "~nobody-at-all/model"])
+def test_what_can_be_no_path_is_an_unknown_model(name: str) -> None:
+    for command in ("chat", "pull", "info"):
+        result = run(command, name, stdin="hello")
+        assert result.exit_code == 1
+        assert "is no folder here and no model name" in result.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "file/cache"))
+    result = run("pull", "demo")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path}/file/cache/models: ")
 
 
 def test_an_unknown_model_says_what_a_model_can_be() -> None:
