@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nybble.checkpoint import Checkpoint, read_json
-from nybble.errors import ConfigError
+from nybble.errors import CheckpointError, ConfigError
 from nybble.gptq.output import REPORT_NAME
 from nybble.llm import LLM
 from nybble.outputs import no_tokenizer
@@ -95,7 +95,7 @@ def perplexity(
         losses.append(_losses(llm.logits(ids), ids))
         if progress is not None:
             progress(done, len(windows))
-    return _perplexity(torch.cat(losses), window)
+    return _perplexity(torch.cat(losses), len(windows[0]))
 
 
 def compare(
@@ -115,6 +115,7 @@ def compare_windows(
     base: LLM, quant: LLM, windows: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> Comparison:
     """Both models on the same windows of ids, of equal length."""
+    errors = layer_errors(quant.folder)
     rows = []
     for done, ids in enumerate(windows, start=1):
         rows.append(_distances(base.logits(ids), quant.logits(ids), ids))
@@ -134,7 +135,7 @@ def compare_windows(
         top1_agreement=float(agree.double().mean()),
         base_bytes=Checkpoint.open(base.folder).nbytes,
         quant_bytes=Checkpoint.open(quant.folder).nbytes,
-        layer_errors=layer_errors(quant.folder),
+        layer_errors=errors,
     )
 
 
@@ -152,13 +153,21 @@ def split(llm: LLM, text: str, window: int) -> list[list[int]]:
 
 
 def layer_errors(folder: Path) -> tuple[float, ...]:
-    """The mean relative error of each layer, where nybble's quantiser left its report."""
+    """The mean relative error of each layer, where nybble's quantiser left its report.
+
+    CheckpointError: that file holds something else.
+    """
     path = folder / REPORT_NAME
     if not path.is_file():
         return ()
     by_layer: dict[int, list[float]] = {}
-    for module in read_json(path).get("modules", []):
-        by_layer.setdefault(int(module["layer"]), []).append(float(module["error"]))
+    try:
+        for module in read_json(path)["modules"]:
+            by_layer.setdefault(int(module["layer"]), []).append(float(module["error"]))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} is no report of nybble's quantiser: move it away, or quantise again."
+        ) from error
     return tuple(sum(errors) / len(errors) for _, errors in sorted(by_layer.items()))
 
 
@@ -176,6 +185,11 @@ def _distances(
     base: torch.Tensor, quant: torch.Tensor, ids: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses of both, KL divergence and agreement for each predicted token."""
+    if base.shape != quant.shape:
+        raise ConfigError(
+            f"The models tell {base.shape[1]} and {quant.shape[1]} tokens apart: compare a model "
+            "with its own quantised form."
+        )
     kl, agree = [], []
     for p, q in _pieces(base[:-1], quant[:-1].to(base.device)):
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nybble.config import QuantConfig
-from nybble.errors import ConfigError, RequestError
+from nybble.errors import CheckpointError, ConfigError, RequestError
 from nybble.gptq.run import quantize_checkpoint
 from nybble.measure import compare, perplexity, split
 
@@ -90,6 +90,7 @@ def test_one_window_has_no_spread(llama, load):
 
 def test_a_text_shorter_than_a_window_is_one_window(llama, load):
     assert split(load(llama), "hello", 1024) == [[ord(letter) for letter in "hello"]]
+    assert perplexity(load(llama), "hello", 1024).window == 5
 
 
 def test_progress_counts_windows(llama, load):
@@ -109,6 +110,34 @@ def test_a_model_without_tokenizer_is_refused(llama, load):
     llm.tokenizer = None
     with pytest.raises(RequestError, match="no tokenizer"):
         perplexity(llm, TEXT)
+
+
+def test_another_vocabulary_is_refused(llama, load):
+    other = load(llama)
+    logits = other.logits
+    other.logits = lambda ids: logits(ids)[:, :-8]
+    with pytest.raises(ConfigError, match="264 and 256 tokens"):
+        compare(load(llama), other, TEXT)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"modules": 5},
+        {"modules": [5]},
+        {"modules": [{"layer": 0}]},
+        {"modules": [{"layer": "x", "error": 1}]},
+        {"modules": [{"layer": 0, "error": None}]},
+        {"modules": [{"layer": 1e999, "error": 1}]},
+    ],
+)
+def test_a_damaged_report_is_refused_before_anything_is_measured(llama, load, report):
+    (llama / "quantization_report.json").write_text(json.dumps(report))
+    model = load(llama)
+    model.logits = None
+    with pytest.raises(CheckpointError, match=r"quantization_report\.json is no report"):
+        compare(model, model, TEXT)
 
 
 def test_other_tokens_are_refused(llama, load):
