@@ -169,7 +169,9 @@ class _Run:
         self._loader.check_names()
         quantized = self._embedded(windows)
         original = list(quantized) if self._options.correct else []
-        for index in range(self._config.num_layers):
+        indices = range(self._config.num_layers)
+        last = max((index for index in indices if index not in self._journal), default=-1)
+        for index in indices:
             layer = self._loader.layer(index)
             before = Block(self._config, self._backend, layer)
             after = Block(self._config, self._backend, layer)
@@ -177,7 +179,7 @@ class _Run:
                 self._restore(index, after)
             else:
                 self._quantize(index, before, after, original, quantized)
-            if index + 1 < self._config.num_layers:
+            if index < last:  # later, nobody needs the hidden states
                 self._advance(before, original)
                 self._advance(after, quantized)
             self._release(index)

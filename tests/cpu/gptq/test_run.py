@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from nybble.checkpoint import Checkpoint, CheckpointWriter, read_json
 from nybble.config import QuantConfig
 from nybble.errors import CapacityError, CheckpointError, ConfigError, NumericsError
+from nybble.gptq import blocks, run
 from nybble.gptq import journal as journal_module
-from nybble.gptq import run
 from nybble.gptq.run import RunOptions, quantize_checkpoint
 from nybble.gptq.solver import SolverOptions
 
@@ -187,6 +187,28 @@ def test_an_interrupted_run_ends_with_the_same_bytes(llama, tmp_path, windows, c
     assert len(seen) == 12
     assert content(target) == content(whole)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_finished_layers_are_run_again_only_for_those_after_them(
+    llama, tmp_path, windows, monkeypatch
+):
+    target, forward, calls = tmp_path / "out", blocks.Block.forward, []
+
+    def interrupt(*_):
+        raise Killed
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_folder", interrupt)
+        with pytest.raises(Killed):
+            quantize_checkpoint(llama, target, INT4, windows)
+    (tmp_path / ".out.quantizing" / "layer-00001.safetensors").unlink()
+    monkeypatch.setattr(blocks.Block, "forward", counted)
+    quantize_checkpoint(llama, target, INT4, windows)
+    assert len(calls) == 2 * len(windows)  # the first layer, in both streams
 
 
 CHILD = """
