@@ -6,7 +6,6 @@ they finish. A kill can cut its last line only, which is removed when the run go
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from nybble.checkpoint.files import lock
 from nybble.errors import ConfigError
 
 
@@ -37,9 +37,11 @@ class Answers:
         if os.path.lexists(self.output):
             raise self._exists()
         with _file_errors(self.journal):
-            self._file = self.journal.open("a+b")
+            handle = lock(self.journal, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        if handle is None:
+            raise ConfigError(f"Another process is writing {self.journal}: wait for it.")
+        self._file = os.fdopen(handle, "a+b")
         try:
-            self._lock()
             self._read()
         except BaseException:
             self._file.close()
@@ -94,12 +96,6 @@ class Answers:
         return ConfigError(f"{self.output} exists: move it away, or give --output another name.")
 
     # -- the journal ---------------------------------------------------------------------------
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"Another process is writing {self.journal}: wait for it.") from None
 
     def _read(self) -> None:
         self._file.seek(0)

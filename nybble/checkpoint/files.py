@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -118,6 +119,24 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the name {twice!r} stands in it twice")
     return result
+
+
+def lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Lock a file or folder for this process; None where another process has the lock.
+
+    The handle, opened with `flags`, holds the lock until it is closed.
+    """
+    handle = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have renamed or removed it between our open and our lock.
+        ours = os.path.samestat(os.fstat(handle), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if ours:
+        return handle
+    os.close(handle)
+    return None
 
 
 def sync_folder(folder: Path) -> None:

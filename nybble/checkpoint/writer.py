@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from nybble.checkpoint.files import file_errors, sync_folder
+from nybble.checkpoint.files import file_errors, lock, sync_folder
 from nybble.checkpoint.header import DTYPES
 from nybble.errors import CheckpointError
 
@@ -48,7 +47,13 @@ class CheckpointWriter:
         check_target(self.folder)
         with file_errors(self._partial):
             self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._partial)
+            handle = lock(self._partial)
+            if handle is None:
+                raise CheckpointError(
+                    f"Another process is writing {self.folder.name} in {self.folder.parent}: "
+                    "wait for it."
+                )
+            self._lock = handle
             _clear(self._partial)
         return self
 
@@ -194,23 +199,6 @@ class _Shard:
             "data_offsets": [self.nbytes, self.nbytes + tensor.nbytes],
         }
         return f"{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}"
-
-
-def _lock(folder: Path) -> int:
-    """Lock a folder for this process; the handle that holds the lock, to be closed."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last owner may have finished, and renamed it, between our open and our lock.
-        ours = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
-    except BlockingIOError:
-        ours = False
-    if not ours:
-        os.close(handle)
-        raise CheckpointError(
-            f"Another process is writing {folder.name[1:-8]} in {folder.parent}: wait for it."
-        )
-    return handle
 
 
 def _clear(folder: Path) -> None:

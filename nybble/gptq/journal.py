@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from nybble.checkpoint import read_json
-from nybble.checkpoint.files import file_errors, sync_folder
+from nybble.checkpoint.files import file_errors, lock, sync_folder
 from nybble.errors import CheckpointError, ConfigError
 
 _SETTINGS = "settings.json"
@@ -49,15 +48,14 @@ class Journal:
     def __enter__(self) -> Journal:
         with file_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_settings()
-        except BlockingIOError:
-            os.close(self._lock)
+            handle = lock(self.folder)
+        if handle is None:
             raise CheckpointError(
                 f"Another process is quantising into {self.folder.parent}: wait for it."
-            ) from None
+            )
+        self._lock = handle
+        try:
+            self._check_settings()
         except BaseException:
             os.close(self._lock)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -252,6 +253,14 @@ def test_an_output_that_can_be_no_file_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("nowhere")
     with pytest.raises(ConfigError, match="exists"), Answers(Path(name), ABOUT):
+        pass
+
+
+def test_a_lock_on_a_journal_that_was_removed_is_not_taken(tmp_path, monkeypatch):
+    """Another run finishes between our opening of its journal and our lock on it."""
+    target = tmp_path / "answers.jsonl"
+    monkeypatch.setattr(fcntl, "flock", lambda *_: Path(f"{target}.part").unlink())
+    with pytest.raises(ConfigError, match="Another process"), Answers(target, ABOUT):
         pass
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nybble.checkpoint import Checkpoint, CheckpointWriter, read_json, writer
+from nybble.checkpoint import Checkpoint, CheckpointWriter, files, read_json, writer
 from nybble.checkpoint.header import DTYPES
 from nybble.errors import CapacityError, CheckpointError
 
@@ -153,7 +153,7 @@ def test_a_lock_on_a_folder_that_has_been_renamed_is_not_taken(
         if a_third_begins:
             (tmp_path / ".model.partial").mkdir()
 
-    monkeypatch.setattr(writer.fcntl, "flock", finish_other)
+    monkeypatch.setattr(files.fcntl, "flock", finish_other)
     with pytest.raises(CheckpointError, match="Another process"):
         CheckpointWriter(tmp_path / "model").__enter__()
     assert (tmp_path / "model").is_dir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +325,18 @@ def test_only_one_process_at_a_time(llama, tmp_path, windows):
 
     with pytest.raises(CheckpointError, match="Another process"):
         quantize_checkpoint(llama, target, INT4, windows, progress=start_another)
+
+
+def test_a_lock_on_a_journal_that_was_removed_is_not_taken(tmp_path, monkeypatch):
+    """Another run ends, and a third begins, between our opening of the folder and our lock."""
+
+    def end_other(*_):
+        shutil.rmtree(tmp_path / ".out.quantizing")
+        (tmp_path / ".out.quantizing").mkdir()
+
+    monkeypatch.setattr(fcntl, "flock", end_other)
+    with pytest.raises(CheckpointError, match="Another process is quantising"):
+        journal_module.Journal(tmp_path / "out", {}).__enter__()
 
 
 def test_a_target_that_is_not_empty_is_left_alone(llama, tmp_path, windows, content):
