@@ -209,13 +209,13 @@ class _Run:
         for stage in STAGES:
             began = time.monotonic()
             statistics = collect(stage, after, quantized, before if original else None, original)
-            parts = self._parts(index, stage)
+            parts = self._weights(index, stage)
             try:
                 solution = self._solve(list(parts.values()), statistics)
             except NumericsError as error:
                 raise NumericsError(f"Layer {index}, {', '.join(parts)}: {error}") from error
             found = self._tensors(parts, solution)
-            after.set_linear(stage, self._linear(list(parts), found))
+            after.set_linear(stage, self._linear(index, stage, found))
             tensors |= found
             seconds = time.monotonic() - began
             results.append(ModuleResult(index, stage, solution.error, seconds))
@@ -225,14 +225,13 @@ class _Run:
     def _restore(self, index: int, block: Block) -> None:
         tensors, notes = self._journal.load(index)
         for stage in STAGES:
-            block.set_linear(stage, self._linear(list(self._parts(index, stage)), tensors))
+            block.set_linear(stage, self._linear(index, stage, tensors))
         for note in notes:
             self._report(ModuleResult(**note))
 
-    def _parts(self, index: int, stage: str) -> dict[str, torch.Tensor]:
+    def _weights(self, index: int, stage: str) -> dict[str, torch.Tensor]:
         """The weights (N, K) of a stage by module name; they share their inputs."""
-        names = NAMES[self._config.family]
-        modules = [names.layer.format(index) + part for part in names.linears[stage]]
+        modules = [part.name for part in self._loader.linears(index)[stage]]
         return {module: self._checkpoint.tensor(f"{module}.weight") for module in modules}
 
     def _solve(self, weights: list[torch.Tensor], statistics: Statistics) -> Solution:
@@ -262,10 +261,11 @@ class _Run:
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in written.items()}
         return tensors
 
-    def _linear(self, modules: list[str], tensors: dict[str, torch.Tensor]) -> LinearFn:
+    def _linear(self, index: int, stage: str, tensors: dict[str, torch.Tensor]) -> LinearFn:
         """The quantised stage as later layers will meet it, from the tensors of the file."""
-        weights = torch.cat([self._weight(module, tensors) for module in modules])
-        return self._backend.dense_linear(weight=weights, bias=self._bias(modules, weights))
+        parts = self._loader.linears(index)[stage]
+        weights = torch.cat([self._weight(part.name, tensors) for part in parts])
+        return self._backend.dense_linear(weights, self._loader.bias(parts))
 
     def _weight(self, module: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         stored = {
@@ -280,12 +280,6 @@ class _Run:
                 0, matrix.perm[real], rows[real]
             )
         return rows.t().to(self._backend.dtype).contiguous()
-
-    def _bias(self, modules: list[str], weights: torch.Tensor) -> torch.Tensor | None:
-        biases = [f"{module}.bias" for module in modules]
-        if not all(bias in self._checkpoint for bias in biases):
-            return None
-        return torch.cat([self._checkpoint.tensor(bias).to(weights) for bias in biases])
 
     def _report(self, result: ModuleResult) -> None:
         self._results.append(result)

@@ -55,7 +55,7 @@ def load_decoder(
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One linear of the checkpoint, which may be a slice of a fused matrix."""
 
     name: str
@@ -89,7 +89,7 @@ class Loader:
         for index in range(self.config.num_layers):
             for field_name, name in self._norm_names(index):
                 self._check(name, self._norm_shape(field_name))
-            for parts in self._linears(index).values():
+            for parts in self.linears(index).values():
                 for part in parts:
                     self._check_part(part)
         extra = [n for n in self.checkpoint.names() if n not in self._expected]
@@ -106,7 +106,7 @@ class Loader:
         if required or name in self.checkpoint:
             self.checkpoint.expect(name, shape, _FLOATS)
 
-    def _check_part(self, part: _Part) -> None:
+    def _check_part(self, part: Part) -> None:
         quantised = f"{part.name}.qweight" in self.checkpoint
         if quantised and self.config.quant is None:
             raise CheckpointError(
@@ -144,7 +144,8 @@ class Loader:
         per_head = field_name in ("q_norm", "k_norm")
         return (self.config.head_dim if per_head else self.config.hidden_size,)
 
-    def _linears(self, index: int) -> dict[str, list[_Part]]:
+    def linears(self, index: int) -> dict[str, list[Part]]:
+        """The parts of each linear of a layer, under the decoder's name of it."""
         c, names = self.config, NAMES[self.config.family]
         width = c.intermediate_size
         qkv = (c.q_size, c.kv_size, c.kv_size)
@@ -161,7 +162,7 @@ class Loader:
             if len(sources) == 1:
                 outputs = (sum(outputs),)
             linears[field_name] = [
-                _Part(names.layer.format(index) + source, inputs, size, biased)
+                Part(names.layer.format(index) + source, inputs, size, biased)
                 for source, size in zip(sources, outputs, strict=True)
             ]
         return linears
@@ -178,7 +179,7 @@ class Loader:
 
     def layer(self, index: int) -> Layer:
         norms = {field: self._norm(name) for field, name in self._norm_names(index)}
-        fns = {name: self._linear(name, parts) for name, parts in self._linears(index).items()}
+        fns = {name: self._linear(name, parts) for name, parts in self.linears(index).items()}
         return Layer(
             input_norm=norms["input_norm"],
             qkv_proj=fns["qkv_proj"],
@@ -216,9 +217,9 @@ class Loader:
     def _norm(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name).to(self.backend.device, self.backend.dtype)
 
-    def _linear(self, name: str, parts: list[_Part]) -> LinearFn:
+    def _linear(self, name: str, parts: list[Part]) -> LinearFn:
         """One function for all parts; parts that cannot be fused run side by side."""
-        bias = self._bias(parts)
+        bias = self.bias(parts)
         quant = self.config.quant
         if quant is not None and all(f"{p.name}.qweight" in self.checkpoint for p in parts):
             matrix = gptq.concat([self._matrix(part, quant) for part in parts])
@@ -232,7 +233,7 @@ class Loader:
             return self.backend.dense_linear(weight, bias)
         return _side_by_side([self._linear(part.name, [part]) for part in parts])
 
-    def _matrix(self, part: _Part, quant: QuantConfig) -> QuantMatrix:
+    def _matrix(self, part: Part, quant: QuantConfig) -> QuantMatrix:
         def read(suffix: str) -> torch.Tensor:
             return self.checkpoint.tensor(f"{part.name}.{suffix}").to(self.backend.device)
 
@@ -240,7 +241,7 @@ class Loader:
         stored = gptq.GptqTensors(part.name, read("qweight"), read("qzeros"), read("scales"), g_idx)
         return gptq.read_matrix(stored, quant)
 
-    def _bias(self, parts: list[_Part]) -> torch.Tensor | None:
+    def bias(self, parts: list[Part]) -> torch.Tensor | None:
         """The biases joined, or None where all are zero, as the quantisers of 2023 wrote them."""
         biases = []
         for part in parts:

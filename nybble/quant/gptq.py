@@ -12,6 +12,7 @@ import torch
 
 from nybble.config import QuantConfig
 from nybble.errors import CheckpointError
+from nybble.kernels import ref
 from nybble.kernels.matrix import QuantMatrix
 
 # The kernels work on blocks of inputs; a padded act-order group is a multiple of this.
@@ -37,9 +38,7 @@ class GptqTensors:
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 (rows, cols) -> uint8 (rows * pack, cols): codes packed along the first dimension."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    codes: torch.Tensor = (words.unsqueeze(1) >> shifts[:, None]) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(0, 1)
+    return ref.unpack(words, bits, len(words) * (32 // bits)).to(torch.uint8)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

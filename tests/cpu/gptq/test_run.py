@@ -166,6 +166,20 @@ def test_a_disk_that_is_full_at_the_model_card(llama, tmp_path, windows, monkeyp
     quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
 
 
+def test_the_bias_of_one_part_alone_is_not_forgotten(llama, tmp_path, windows):
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    tensors = load(llama / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.bias"] = torch.linspace(-1, 1, 96)
+    save_file(tensors, llama / "model.safetensors")
+    alone = quantize_checkpoint(llama, tmp_path / "alone", INT4, windows)
+    tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(96)
+    save_file(tensors, llama / "model.safetensors")
+    paired = quantize_checkpoint(llama, tmp_path / "paired", INT4, windows)
+    assert [m.error for m in alone.modules] == [m.error for m in paired.modules]
+
+
 class Killed(BaseException):
     """What a test raises in place of a signal: nothing in the package may catch it."""
 
