@@ -118,6 +118,11 @@ class Loader:
             self._check(f"{part.name}.weight", (part.outputs, part.inputs))
             return
         per_word = 32 // self.config.quant.bits
+        if part.inputs % per_word:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {part.name} has {part.inputs} inputs, which words of "
+                f"{per_word} codes cannot hold; use the config.json that came with these weights."
+            )
         size = self.config.quant.group_size
         groups = 1 if size == -1 else -(-part.inputs // size)
         shapes = {

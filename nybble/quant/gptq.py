@@ -74,7 +74,7 @@ def read_matrix(tensors: GptqTensors, config: QuantConfig) -> QuantMatrix:
     g_idx = tensors.g_idx
     if g_idx is None or _is_trivial(g_idx, rows, group_size):
         return matrix
-    return _sort_groups(matrix, _checked_g_idx(tensors, rows, groups))
+    return _sort_groups(matrix, _checked_g_idx(tensors, rows, groups, group_size))
 
 
 def _decode_zeros(tensors: GptqTensors, config: QuantConfig) -> torch.Tensor | None:
@@ -103,13 +103,18 @@ def _is_trivial(g_idx: torch.Tensor, rows: int, group_size: int) -> bool:
     return g_idx.shape == trivial.shape and bool((g_idx == trivial).all())
 
 
-def _checked_g_idx(tensors: GptqTensors, rows: int, groups: int) -> torch.Tensor:
+def _checked_g_idx(tensors: GptqTensors, rows: int, groups: int, size: int) -> torch.Tensor:
     g_idx = tensors.g_idx
     if g_idx is None or g_idx.shape != (rows,) or g_idx.is_floating_point():
         raise tensors.error("g_idx", "missing" if g_idx is None else _describe(g_idx))
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise tensors.error("g_idx", f"names groups outside 0 to {groups - 1}")
-    return g_idx.long()
+    g_idx = g_idx.long()
+    # Every group is padded to the longest: with one of all inputs, a small file would fill memory.
+    longest = int(torch.bincount(g_idx).max())
+    if longest > 2 * max(size, _GROUP_ALIGN):
+        raise tensors.error("g_idx", f"puts {longest} inputs into one group of {size}")
+    return g_idx
 
 
 def _sort_groups(matrix: QuantMatrix, g_idx: torch.Tensor) -> QuantMatrix:

@@ -41,11 +41,12 @@ def quantise(weight, config, rng):
     return tensors, torch.from_numpy(np.ascontiguousarray(meant.T, np.float32))
 
 
-def write_pair(folder, config, biased=False):
+def write_pair(folder, config, biased=False, **changes):
     """Two folders of the same model: GPTQ, and the fp32 weights it stands for."""
     rng = np.random.default_rng(0)
+    shape = {**toy.CONFIG, **changes}
     quantised, meant = {}, {}
-    for name, tensor in toy.llama_weights().items():
+    for name, tensor in toy.llama_weights(shape).items():
         if "proj" not in name:
             quantised[name] = meant[name] = tensor
             continue
@@ -62,7 +63,7 @@ def write_pair(folder, config, biased=False):
         path = folder / kind
         path.mkdir()
         save_file(tensors, path / "model.safetensors")
-        (path / "config.json").write_text(json.dumps({**toy.CONFIG, **extra}))
+        (path / "config.json").write_text(json.dumps({**shape, **extra}))
         paths.append(path)
     return paths
 
@@ -129,6 +130,14 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, make_engine, chan
     quantised, _ = write_pair(tmp_path, QuantConfig(4, 32, False, True))
     edit(quantised, change)
     with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+        make_engine(quantised)
+
+
+def test_inputs_that_fill_no_whole_words_are_refused(tmp_path, make_engine):
+    quantised, _ = write_pair(tmp_path, QuantConfig(4, 32, False, True), intermediate_size=100)
+    name = "model.layers.{}.mlp.down_proj.qweight"
+    edit(quantised, lambda t: t.update({(n := name.format(i)): t[n][:12].clone() for i in (0, 1)}))
+    with pytest.raises(CheckpointError, match=r"0\.mlp\.down_proj has 100 inputs"):
         make_engine(quantised)
 
 

@@ -121,6 +121,14 @@ def test_regular_act_order_costs_no_padding():
     assert read(tensors, config).rows == 80
 
 
+@pytest.mark.parametrize("group_size", [8, 32, 128])
+def test_a_group_of_all_inputs_is_refused(group_size):
+    g_idx = np.zeros(1024, int)
+    tensors, config = make(4, 1024, 8, group_size, sym=True, v1=True, g_idx=g_idx)
+    with pytest.raises(CheckpointError, match=r"layer\.g_idx puts 1024 inputs into one group"):
+        read(tensors, config)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([4, 8]), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
 def test_pack_and_unpack_are_inverse(bits, rows, cols, seed):
