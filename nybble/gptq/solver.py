@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.config import QuantConfig
-from nybble.errors import NumericsError
+from nybble.errors import ConfigError, NumericsError
 from nybble.gptq.grid import fp16_scale, round_to_grid, search_grid
 from nybble.kernels.cuda import rounding as cuda_rounding
 
@@ -39,6 +39,12 @@ class SolverOptions:
     damp: float = 0.01
     act_order: bool = True
     sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.damp > 0:
+            raise ConfigError(f"damp is {self.damp}: give a number above 0.")
+        if self.sweeps < 0:
+            raise ConfigError(f"sweeps is {self.sweeps}: give at least 0.")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.config import QuantConfig
-from nybble.errors import NumericsError
+from nybble.errors import ConfigError, NumericsError
 from nybble.gptq import solver
 from nybble.gptq.grid import search_grid
 from nybble.gptq.solver import SolverOptions, corrected_target, solve
 
+NAN = float("nan")
 PLAIN = SolverOptions(act_order=False, sweeps=0)
 
 
@@ -226,7 +227,13 @@ def test_what_no_damping_repairs_is_refused():
         solve(weight, hessian, QuantConfig(4, 32, False, True))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"damp": 0}, {"damp": -1}, {"damp": NAN}, {"sweeps": -1}])
+def test_senseless_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        SolverOptions(**options)
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
 @pytest.mark.parametrize("where", ["weight", "calibration inputs"])
 def test_values_that_are_not_finite_are_refused_by_name(value, where):
     weight, hessian = problem(32, 4, seed=1)
