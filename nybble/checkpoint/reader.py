@@ -183,13 +183,8 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    """The tensors that the shards hold; where two hold a name, the index decides."""
-    weight_map = read_json(inside(folder, index.name)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map: download it again.")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CheckpointError(f"{index} names no file for {name!r}: download it again.")
+    """The tensors that the shards hold; where two hold a name, the index must decide."""
+    weight_map = _weight_map(inside(folder, index.name))
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         path = inside(folder, shard)
@@ -198,8 +193,13 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
                 f"{path} is missing, one of the shards that {index.name} names: "
                 "download it, or the whole model again."
             )
-        header = read_header(path)
-        tensors |= {n: info for n, info in header.items() if weight_map.get(n, shard) == shard}
+        found = {n: i for n, i in read_header(path).items() if weight_map.get(n, shard) == shard}
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"{tensors[twice[0]].file} and {shard} both hold a tensor {twice[0]!r}, and "
+                f"{index.name} does not say which one counts: download the model again."
+            )
+        tensors |= found
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
@@ -207,3 +207,14 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
                 "take both from the same revision of the model."
             )
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor that an index lists."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: download it again.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{index} names no file for {name!r}: download it again.")
+    return weight_map

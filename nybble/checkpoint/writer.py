@@ -173,13 +173,17 @@ class _Shard:
         self.file.seek(8 + _HEADER_ROOM)
 
     def has_room(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether the tensor fits; the first one always does, or it could not be written."""
-        entry = self._entry(name, tensor)
-        fits = self._header_bytes + len(entry) + 1 <= _HEADER_ROOM
+        """Whether the tensor fits; into an empty shard goes one of any size."""
+        fits = self._in_header(self._entry(name, tensor))
         return fits and (self.nbytes == 0 or self.nbytes + tensor.nbytes <= self._max_bytes)
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
         entry = self._entry(name, tensor)
+        if not self._in_header(entry):
+            raise CheckpointError(
+                f"The tensor name {name[:40]!r}... has {len(name):,} characters, more than the "
+                "header of a file has room for: give it a shorter one."
+            )
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         self.file.write(flat.numpy().data)
         self._entries.append(entry)
@@ -191,6 +195,9 @@ class _Shard:
         self.file.seek(0)
         self.file.write(_HEADER_ROOM.to_bytes(8, "little") + header)
         self.file.close()
+
+    def _in_header(self, entry: str) -> bool:
+        return self._header_bytes + len(entry) + 1 <= _HEADER_ROOM
 
     def _entry(self, name: str, tensor: torch.Tensor) -> str:
         entry = {

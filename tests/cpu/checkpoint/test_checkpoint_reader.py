@@ -96,6 +96,28 @@ def test_a_tensor_that_the_index_forgets_is_read_and_the_index_decides_between_t
     assert [checkpoint.tensor(name).item() for name in "abc"] == [1, 0, 1]
 
 
+def test_a_tensor_in_two_shards_that_the_index_forgets_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "x": torch.ones(1)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(1), "x": torch.zeros(1)}, tmp_path / "two.safetensors")
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"one\.safetensors and two\.safetensors both hold"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_fingerprint_tells_weights_apart_by_name_shape_and_value(tmp_path: Path) -> None:
+    def fingerprint(name: str, tensor: torch.Tensor) -> str:
+        save_file({name: tensor}, tmp_path / "model.safetensors")
+        return Checkpoint.open(tmp_path).fingerprint()
+
+    ones = torch.ones(4)
+    seen = [("a", ones), ("b", ones), ("a", ones.view(2, 2)), ("a", ones * 2), ("a", ones.half())]
+    assert len({fingerprint(*model) for model in seen}) == len(seen)
+    assert fingerprint("a", ones) == fingerprint("a", ones)
+    (tmp_path / "model.safetensors").write_bytes(raw_file({"\ud800": entry(0, 1)}, b"a"))
+    assert Checkpoint.open(tmp_path).fingerprint()
+
+
 def test_a_single_file_may_have_any_name_and_model_safetensors_is_preferred(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "gptq_model-4bit-128g.safetensors")
     assert "a" in Checkpoint.open(tmp_path)

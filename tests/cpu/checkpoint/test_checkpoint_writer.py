@@ -271,6 +271,8 @@ def test_names_and_dtypes_that_a_file_cannot_hold(tmp_path: Path) -> None:
         for name in ("a", "__metadata__"):
             with pytest.raises(CheckpointError, match="is taken"):
                 out.add(name, torch.ones(1))
+        with pytest.raises(CheckpointError, match=r"'x+'\.\.\. has 300,000 characters"):
+            out.add("x" * 300_000, torch.ones(1))
         with pytest.raises(CheckpointError, match=r"torch\.complex64.*convert"):
             out.add("b", torch.ones(1, dtype=torch.complex64))
         for name in ("config.json", "../x.json", "a/b.json"):
