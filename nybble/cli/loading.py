@@ -40,10 +40,14 @@ def _what_runs(model: str, llm: LLM) -> str:
 
 
 def pull_folder(model: str, revision: str | None = None, source: str = "huggingface") -> Path:
-    """The folder of a model, downloaded if it is not here yet."""
+    """The folder of a model, downloaded if it is not here yet. CheckpointError: not all of it is.
+
+    Without a network, a hub's cache gives what it has of a download that was broken off.
+    """
     if source not in _SOURCES:
         raise ConfigError(f"--source is {source!r}: choose {' or '.join(_SOURCES)}.")
     from nybble import demo
+    from nybble.checkpoint import Checkpoint
     from nybble.paths import local_folder
     from nybble.resolve import resolve
 
@@ -51,4 +55,6 @@ def pull_folder(model: str, revision: str | None = None, source: str = "huggingf
         raise ConfigError("--revision goes with a hub repository only: leave it out.")
     name = f"modelscope:{model}" if source == "modelscope" else model
     with console.ProgressBar() as progress:
-        return resolve(name, progress, revision).absolute()
+        folder = resolve(name, progress, revision).absolute()
+    Checkpoint.open(folder)
+    return folder

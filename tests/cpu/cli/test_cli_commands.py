@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import toy
 from fake_llm import FakeLLM
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -191,8 +193,19 @@ def test_an_unknown_model_says_what_a_model_can_be() -> None:
 
 
 def test_pull_prints_the_folder(tmp_path: Path) -> None:
+    toy.write_llama(tmp_path)
     result = run("pull", str(tmp_path))
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}\n")
+
+
+def test_half_a_download_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    toy.save_file({"a": torch.ones(1)}, tmp_path / weight_map["a"])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    result = run("pull", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "model-00002-of-00002.safetensors is missing" in result.stderr
 
 
 def test_pull_refuses_what_it_would_ignore(tmp_path: Path) -> None:
