@@ -25,6 +25,7 @@ from nybble.kernels.cuda import rounding as cuda_rounding
 
 _BLOCK = 64
 _MOST_DAMP = 1.0
+_GRAM_NUMBERS = 2**26  # of the equations for the scales that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -233,16 +234,10 @@ class _Rounding:
         right = torch.zeros_like(levels)
         right[: len(order)] = (self.hessian @ self.target)[order]
         goal = (right * levels).view(count, size, -1).sum(1).t()
-        gram = levels.new_empty(levels.shape[1], count, count)
-        for g in range(count):
-            rows = slice(g * size, (g + 1) * size)
-            reach = hessian[:, rows] @ levels[rows]  # (K, N)
-            gram[:, :, g] = reach.mul_(levels).view(count, size, -1).sum(1).t()
-        # A group without a nonzero code has no scale of its own to fit.
-        empty = gram.diagonal(dim1=1, dim2=2) <= 0
-        gram.diagonal(dim1=1, dim2=2)[empty] = 1.0
-        fitted = torch.linalg.solve(gram, goal).t()
-        keep = empty.t() | ~fitted.isfinite() | (fitted == 0)
+        width = max(1, _GRAM_NUMBERS // count**2)
+        parts = zip(levels.split(width, dim=1), goal.split(width), strict=True)
+        fitted = torch.cat([_fit(hessian, *part) for part in parts]).t()
+        keep = ~fitted.isfinite() | (fitted == 0)
         return torch.where(keep, scales, fp16_scale(fitted)).contiguous()
 
     @property
@@ -260,6 +255,23 @@ class _Rounding:
         codes, unsorted = torch.empty_like(sorted_codes), torch.empty_like(errors)
         codes[order], unsorted[order] = sorted_codes, errors
         return codes, unsorted
+
+
+def _fit(hessian: torch.Tensor, levels: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """The best scales (N, G) of levels (K, N), K in G blocks; 0 where a block has no nonzero level.
+
+    goal (N, G): the right side of each output's normal equations.
+    """
+    count = goal.shape[1]
+    size = len(levels) // count
+    gram = levels.new_empty(len(goal), count, count)
+    for g in range(count):
+        rows = slice(g * size, (g + 1) * size)
+        reach = hessian[:, rows] @ levels[rows]  # (K, N)
+        gram[:, :, g] = reach.mul_(levels).view(count, size, -1).sum(1).t()
+    empty = gram.diagonal(dim1=1, dim2=2) <= 0
+    gram.diagonal(dim1=1, dim2=2)[empty] = 1.0
+    return torch.linalg.solve(gram, goal).masked_fill_(empty, 0)
 
 
 def _groups(order: torch.Tensor, config: QuantConfig) -> torch.Tensor:

@@ -113,6 +113,24 @@ def test_every_refinement_lowers_the_error(sym, desc_act):
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_scales_fitted_some_outputs_at_a_time_are_the_same(monkeypatch):
+    weight, hessian = problem(96, 40, seed=2)
+    config = QuantConfig(4, 32, False, True)
+    whole = solve(weight, hessian, config)
+    fit, widths = solver._fit, []
+
+    def watched(hessian, levels, goal):
+        widths.append(levels.shape[1])
+        return fit(hessian, levels, goal)
+
+    monkeypatch.setattr(solver, "_fit", watched)
+    monkeypatch.setattr(solver, "_GRAM_NUMBERS", 16 * 3**2)
+    parts = solve(weight, hessian, config)
+    assert widths == [16, 16, 8] * 2
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scales, whole.scales)
+
+
 def test_the_reported_error_is_that_of_the_outputs():
     weight, _ = problem(64, 8, seed=2)
     x = torch.randn(200, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
