@@ -72,6 +72,9 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if file.get(key, int, head_dim) != head_dim:
             raise file.unsupported(f"{key} is not the head dimension, {head_dim}")
+    layers = file.get("llama.block_count", int)
+    if layers > len(file.tensors):
+        raise file.unsupported(f"{layers} blocks cannot be made of {len(file.tensors)} tensors")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -87,7 +90,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "max_position_embeddings": file.get("llama.context_length", int),
         "mlp_bias": False,
         "num_attention_heads": heads,
-        "num_hidden_layers": file.get("llama.block_count", int),
+        "num_hidden_layers": layers,
         "num_key_value_heads": file.get("llama.attention.head_count_kv", int, heads),
         "rms_norm_eps": file.get("llama.attention.layer_norm_rms_epsilon", float),
         "rope_scaling": None,

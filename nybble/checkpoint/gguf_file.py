@@ -56,8 +56,8 @@ def open_gguf(path: Path) -> GGUFFile:
         try:
             reader = GGUFReader(path)
             values = {key: _value(field) for key, field in reader.fields.items()}
-        # The reader lets whatever a damaged file provokes through, always one of these.
-        except (ValueError, LookupError, OverflowError, TypeError) as error:
+        # The reader checks little: these are what damaged files have been seen to provoke.
+        except (ValueError, LookupError, OverflowError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is cut off or damaged ({error}): download it again."
             ) from error

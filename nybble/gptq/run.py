@@ -88,10 +88,18 @@ def quantize_checkpoint(
         if report is None:
             check_target(target)
             modules = _Run(checkpoint, config, quant, options, journal, progress).layers(windows)
-            report = Report(source.resolve().name, settings, modules, checkpoint.nbytes)
+            report = Report(_name(source), settings, modules, checkpoint.nbytes)
             report = write_folder(checkpoint, config, quant, journal, target, report)
         journal.remove()
     return replace(report, seconds=time.monotonic() - began)
+
+
+def _name(source: Path) -> str:
+    """A folder's own name; in a hub's cache, where that is a revision, the repository's."""
+    folder = source.resolve()
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def _checked_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,7 @@ UNSUPPORTED: dict[str, Edit] = {
     "not the head dimension": changed(llama__rope__dimension_count=8),
     "block_count is 'two', not of type int": changed(llama__block_count="two"),
     "lacks the tensor 'blk.2": changed(llama__block_count=3),
+    "4294967295 blocks cannot be made": changed(llama__block_count=2**32 - 1),
     "'blk.0.attn_q.bias', which no plain": with_tensor("blk.0.attn_q.bias"),
     r"'blk.1.ffn_up.weight' is \(8, 64\)": with_tensor("blk.1.ffn_up.weight", shape=(8, HIDDEN)),
     "'blk.1.ffn_up.weight' has the type I8": with_integers,
@@ -344,6 +346,17 @@ def test_a_cut_or_foreign_file_is_refused(
             import_gguf(path, tmp_path / "out")
     with pytest.raises(CheckpointError, match="does not exist"):
         import_gguf(tmp_path / "absent.gguf", tmp_path / "out")
+
+
+def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
+    array, number = 9, 4
+    nested = struct.pack("<IQ", array, 1) * 3000 + struct.pack("<IQI", number, 1, 0)
+    path = tmp_path / "t.gguf"
+    path.write_bytes(
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", array) + nested
+    )
+    with pytest.raises(CheckpointError, match=r"t\.gguf is cut off or damaged"):
+        import_gguf(path, tmp_path / "out")
 
 
 def test_an_interrupted_import_leaves_nothing(

@@ -436,6 +436,14 @@ def test_the_card_names_the_steps_that_were_taken(llama, tmp_path, windows):
     assert "(GPTQ, weighted scales, coordinate descent, correction of earlier errors)" in after
 
 
+def test_the_card_names_the_repository_of_a_hubs_cache(llama, tmp_path, windows):
+    snapshot = tmp_path / "models--Qwen--Qwen1.5-0.5B-Chat/snapshots/4d14e384a4b0"
+    shutil.copytree(llama, snapshot)
+    quantize_checkpoint(snapshot, tmp_path / "out", INT4, windows)
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("# Qwen/Qwen1.5-0.5B-Chat, 4 bits\n")
+
+
 def test_the_report_shows_every_module(llama, tmp_path, windows):
     report = quantize_checkpoint(llama, tmp_path / "out", INT4, windows)
     assert report.table().count("%") == 12
