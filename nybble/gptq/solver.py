@@ -42,8 +42,8 @@ class SolverOptions:
     sweeps: int = 2
 
     def __post_init__(self) -> None:
-        if not self.damp > 0:
-            raise ConfigError(f"damp is {self.damp}: give a number above 0.")
+        if not 0 < self.damp <= _MOST_DAMP:
+            raise ConfigError(f"damp is {self.damp}: give a number above 0, at most {_MOST_DAMP}.")
         if self.sweeps < 0:
             raise ConfigError(f"sweeps is {self.sweeps}: give at least 0.")
 
@@ -235,7 +235,7 @@ class _Rounding:
         right[: len(order)] = (self.hessian @ self.target)[order]
         goal = (right * levels).view(count, size, -1).sum(1).t()
         width = max(1, _GRAM_NUMBERS // count**2)
-        parts = zip(levels.split(width, dim=1), goal.split(width), strict=True)
+        parts = zip(torch.split(levels, width, 1), torch.split(goal, width), strict=True)
         fitted = torch.cat([_fit(hessian, *part) for part in parts]).t()
         keep = ~fitted.isfinite() | (fitted == 0)
         return torch.where(keep, scales, fp16_scale(fitted)).contiguous()
@@ -271,7 +271,8 @@ def _fit(hessian: torch.Tensor, levels: torch.Tensor, goal: torch.Tensor) -> tor
         gram[:, :, g] = reach.mul_(levels).view(count, size, -1).sum(1).t()
     empty = gram.diagonal(dim1=1, dim2=2) <= 0
     gram.diagonal(dim1=1, dim2=2)[empty] = 1.0
-    return torch.linalg.solve(gram, goal).masked_fill_(empty, 0)
+    fitted: torch.Tensor = torch.linalg.solve(gram, goal)
+    return fitted.masked_fill_(empty, 0)
 
 
 def _groups(order: torch.Tensor, config: QuantConfig) -> torch.Tensor:

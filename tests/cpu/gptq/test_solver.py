@@ -245,7 +245,9 @@ def test_what_no_damping_repairs_is_refused():
         solve(weight, hessian, QuantConfig(4, 32, False, True))
 
 
-@pytest.mark.parametrize("options", [{"damp": 0}, {"damp": -1}, {"damp": NAN}, {"sweeps": -1}])
+@pytest.mark.parametrize(
+    "options", [{"damp": 0}, {"damp": -1}, {"damp": 2}, {"damp": NAN}, {"sweeps": -1}]
+)
 def test_senseless_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         SolverOptions(**options)
