@@ -34,6 +34,12 @@ def test_honest_programs(box):
 
 
 @isolates
+def test_a_main_block_does_not_run(box):
+    """As where the published scores were made: a function is asked for, not a script."""
+    assert box.passes("if __name__ == '__main__':\n    raise SystemExit(input())")
+
+
+@isolates
 def test_an_infinite_loop(box):
     begin = time.monotonic()
     assert box.run("while True: pass") == "timed out"
