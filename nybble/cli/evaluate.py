@@ -180,7 +180,7 @@ def _run(name: str, model: str, what: What, how: How, running: Running, as_json:
     settings = what.settings(answerer)
     if name == "leval":  # its subjects were benchmarks of their own
         settings = replace(settings, subjects=())
-    folder = RunFolder(how.out or _default_folder(model, what), _about(model, weights, what, how))
+    folder = RunFolder(how.out or _default_folder(model, what), _about(model, weights, what, how, running))
     summaries: dict[str, Summary] = {}
     for task_name in names:
         try:
@@ -240,8 +240,10 @@ def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, str]:
     return LocalModel(llm, decoding), f"Int{quant.bits}" if quant else "16-bit"
 
 
-def _about(model: str, weights: str, what: What, how: How) -> dict[str, Any]:
-    """What must be equal for a run to be continued."""
+def _about(
+    model: str, weights: str, what: What, how: How, running: Running
+) -> dict[str, Any]:
+    """What must be equal for a run to be continued. Threads change nothing but the time."""
     from nybble import __version__
 
     return {
@@ -256,6 +258,7 @@ def _about(model: str, weights: str, what: What, how: How) -> dict[str, Any]:
         "seed": how.seed,
         "max_tokens": how.max_tokens,
         "endpoint": how.endpoint,
+        **{name: value for name, value in vars(running).items() if name != "threads"},
         "version": __version__,
     }
 

@@ -85,6 +85,7 @@ def run_task(
     items = evenly(task.load(), limit)
     wanted = [(item, sample) for item in items for sample in range(task.settings.samples)]
     done = folder.rows(task.name)
+    _check_same_questions(wanted, done, folder.path)
     missing = [(index, job) for index, job in enumerate(wanted) if _key(job) not in done]
     for begin in range(0, len(missing), batch):
         progress(task.name, len(wanted) - len(missing) + begin, len(wanted))
@@ -99,6 +100,19 @@ def run_task(
 
 def _key(job: tuple[Item, int]) -> Key:
     return job[0].id, job[1]
+
+
+def _check_same_questions(
+    wanted: Sequence[tuple[Item, int]], done: Mapping[Key, Row], folder: Path
+) -> None:
+    """ConfigError where a finished row answers another question than the data now has."""
+    for item, sample in wanted:
+        row = done.get((item.id, sample))
+        if row and (row.query, row.gt, row.fields) != (item.query, item.reference, item.fields):
+            raise ConfigError(
+                f"{folder} holds answers to other questions than the data now has ({item.id}, for "
+                "one): give --out another folder, or remove this one."
+            )
 
 
 def _finish(task: Task, folder: RunFolder, rows: Sequence[Row]) -> Summary:

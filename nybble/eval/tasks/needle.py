@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from importlib import resources
 
 from nybble.errors import ConfigError
@@ -39,8 +40,11 @@ class Needle(Task):
                 raise ConfigError(f"--depths has {depth}: use per cents, 0 to 100.")
         self._check_lengths()
         self._text, self._haystacks = self._haystack(), dict[int, str]()
+        text = blake2b(self._text.encode(), digest_size=8).hexdigest()
         return [
-            Item(f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth})
+            Item(
+                f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth, "text": text}
+            )
             for length in self.settings.lengths
             for depth in self.settings.depths
         ]

@@ -68,6 +68,18 @@ def test_a_run_and_its_report(model, gsm8k, tmp_path):
     assert "| 75.3 |" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--kv-dtype", "int4"), ("--dtype", "float32"), ("--max-context", "99")]
+)
+def test_a_run_is_continued_with_the_same_model_only(model, gsm8k, option, value):
+    arguments = ("gsm8k", "demo", "--data", gsm8k, "--out", "r")
+    assert run(*arguments, "--threads", 1).exit_code == 0
+    result = run(*arguments, option, value)
+    assert result.exit_code == 1
+    assert f"another run ({option[2:].replace('-', '_')} differ)" in result.stderr
+    assert run(*arguments, "--threads", 2).exit_code == 0
+
+
 def test_all_leaves_out_what_has_no_data(model, gsm8k, monkeypatch):
     monkeypatch.setattr("nybble.eval.task.Settings.lengths", (200,))
     monkeypatch.setattr("nybble.eval.task.Settings.depths", (50,))

@@ -40,6 +40,16 @@ def test_a_model_that_forgets_loses_the_early_ones(tmp_path):
     assert summary.score < 80
 
 
+def test_a_needle_found_in_one_text_is_not_found_in_another(tmp_path):
+    for number, text in enumerate(("Here is one. ", "Here is two. ")):
+        (tmp_path / f"{number}.txt").write_text(text * 50)
+    answerer = Mock(searcher)
+    first, second = (needle(answerer, data=tmp_path / name) for name in ("0.txt", "1.txt"))
+    run_task(first, answerer, RunFolder(tmp_path / "run", {}))
+    with pytest.raises(ConfigError, match="other questions"):
+        run_task(second, answerer, RunFolder(tmp_path / "run", {}))
+
+
 def test_prompts_have_the_length_and_the_needle_its_depth():
     answerer = Mock()
     task = needle(answerer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from eval_mocks import Mock
@@ -105,6 +106,15 @@ def test_another_runs_folder_is_refused(tmp_path):
     RunFolder(tmp_path, {"model": "m", "shots": 0, "version": "2"})
     with pytest.raises(ConfigError, match=r"another run \(shots differ\).*--out"):
         RunFolder(tmp_path, {"model": "m", "shots": 5, "version": "1"})
+
+
+@pytest.mark.parametrize("change", [{"query": "9+1"}, {"reference": "7"}, {"fields": {"a": 1}}])
+def test_answers_to_other_questions_are_not_taken_over(tmp_path, monkeypatch, change):
+    run_task(task(), Mock(adder), RunFolder(tmp_path, {}))
+    items = [replace(item, **change) if item.id == "q3" else item for item in task().load()]
+    monkeypatch.setattr(Adding, "load", lambda self: items)
+    with pytest.raises(ConfigError, match=r"other questions .*\(q3, for one\): give --out"):
+        run_task(task(), Mock(adder), RunFolder(tmp_path, {}))
 
 
 def test_samples_have_seeds_of_their_own(tmp_path):
