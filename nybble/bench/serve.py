@@ -179,7 +179,7 @@ def plot(report: Report, shots: Sequence[Shot], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("The plot needs matplotlib: run `pip install 'nybble[eval]'`.") from error
+        raise ConfigError("The plot needs matplotlib: run `pip install '.[eval]'`.") from error
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     spread, course = figure.subplots(1, 2)
     good = [shot for shot in shots if shot.error is None]

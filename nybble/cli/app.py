@@ -13,13 +13,20 @@ from nybble.cli.batch import Files
 from nybble.cli.bench import commands as bench
 from nybble.cli.errors import CommandGroup, report_bug
 from nybble.cli.evaluate import commands as evaluate
-from nybble.cli.options import SAMPLING_DEFAULTS, Measured, Model, Running, Sampling, expand_options
+from nybble.cli.options import (
+    SAMPLING_DEFAULTS,
+    AsJson,
+    Measured,
+    Model,
+    Running,
+    Sampling,
+    expand_options,
+)
 from nybble.cli.quantize import Calibration, Format, Work
 from nybble.cli.serve import Batching, Listening
 
 Text = Annotated[Path, typer.Option(help="A UTF-8 text that the model has not been fitted to.")]
 Window = Annotated[int, typer.Option(help="Tokens that are predicted from one another.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -149,7 +156,7 @@ def pull(
 @app.command()
 def info(
     model: Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what a model is, and whether it fits here."""
     from nybble.cli.info import run
@@ -158,9 +165,7 @@ def info(
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Tell what runs here and what is missing."""
     from nybble.cli.doctor import run
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import console
+from nybble.cli.extras import require
+from nybble.cli.folders import make_folder
 from nybble.cli.load import Endpoint, Traffic, Work
-from nybble.cli.options import expand_options
-from nybble.cli.plots import require_matplotlib
+from nybble.cli.options import AsJson, expand_options
 from nybble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def speed(
     out: Annotated[
         Path | None, typer.Option(help="A folder for speed.json, speed.md and speed.png.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     *,
     rows: Rows,
 ) -> None:
@@ -76,8 +77,7 @@ def speed(
     from nybble.bench.speed import run
 
     plans = rows.plans()
-    if out is not None:
-        require_matplotlib("--out")
+    _prepare(out)
     measured = run(shape, plans, new_tokens, console.note, host_embedding=host_embedding)
     if out is not None:
         for path in report.write(measured, out):
@@ -92,17 +92,17 @@ def serve(
     out: Annotated[
         Path | None, typer.Option(help="A folder for serve.json, serve.md and serve.png.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     *,
     traffic: Traffic,
     work: Work,
     endpoint: Endpoint,
 ) -> None:
     """Put a server under load: throughput, waiting times, errors."""
+    require("bench serve", "serve", "httpx2")
     from nybble.cli.load import run
 
-    if out is not None:
-        require_matplotlib("--out")
+    _prepare(out)
     run(url, endpoint, traffic, work, out, as_json)
 
 
@@ -119,6 +119,8 @@ def kernels(
 
     from nybble.kernels.device import find_device
 
+    if out is not None:
+        make_folder(out.parent)
     if find_device(device).type == "cuda":
         import torch
 
@@ -136,6 +138,13 @@ def kernels(
     if out is not None:
         out.write_text(json.dumps(rows, indent=1) + "\n")
         console.note(f"Wrote {out}.")
+
+
+def _prepare(out: Path | None) -> None:
+    """What --out needs, before anything is measured."""
+    if out is not None:
+        require("--out", "eval", "matplotlib")
+        make_folder(out)
 
 
 def _row(text: str) -> tuple[int, int, str]:

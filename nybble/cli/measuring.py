@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from nybble.cli import console
+from nybble.cli.extras import require
+from nybble.cli.folders import make_folder
 from nybble.cli.layout import size, table
 from nybble.cli.loading import load
 from nybble.cli.options import Running
-from nybble.cli.plots import require_matplotlib
 from nybble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def compare(
 
     content = read_text(text)
     if plot is not None:
-        require_matplotlib("--plot")
+        require("--plot", "eval", "matplotlib")
+        make_folder(plot.parent)
     first, second = load(base, running, quiet=as_json), load(quant, running, quiet=as_json)
     if plot is not None and not measure.layer_errors(second.folder):
         raise ConfigError(f"{quant} has no report of its layers to plot: leave --plot out.")

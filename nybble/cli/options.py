@@ -36,6 +36,9 @@ Model = Annotated[
 ]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of SamplingParams; None leaves the model's default."""

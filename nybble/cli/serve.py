@@ -104,7 +104,8 @@ def run(model: str, running: Batching, listening: Listening, open_page: bool, qu
         from nybble.serve.metrics import Metrics
     except ImportError as error:
         raise ConfigError(
-            f"The server needs the package {error.name}: pip install 'nybble[serve]'."
+            f"The server needs the package {error.name}: run `pip install '.[serve]'` in "
+            "nybble's folder."
         ) from error
     settings = listening.settings(model)
     if quiet and settings.log_prompts:

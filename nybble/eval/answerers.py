@@ -31,8 +31,11 @@ class Decoding:
     top_p: float = 1.0
     max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        self.params(Prompt(""), 0)  # refuses what is out of range
+
     def tokens_for(self, prompt: Prompt) -> int:
-        return self.max_tokens or prompt.max_tokens
+        return prompt.max_tokens if self.max_tokens is None else self.max_tokens
 
     def params(self, prompt: Prompt, seed: int) -> SamplingParams:
         return SamplingParams(

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nybble.errors import NybbleError
@@ -114,8 +115,12 @@ def find(source: Source, data: Path | None, *candidates: str) -> Path:
     raise DataError(f"{root} {where}, which {source.name} needs: {source.hint}")
 
 
-def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Objects, one a line (.gz unpacked), each with `fields` of these types.
+def read_jsonl(
+    path: Path,
+    fields: Mapping[str, type],
+    optional: Mapping[str, type | tuple[type, ...]] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """Objects, one a line (.gz unpacked), each with `fields` (and `optional` ones) of these types.
 
     DataError names the file, the line and what is wrong there.
     """
@@ -126,6 +131,7 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(_checked(line, fields, f"{path}, line {number}"))
+                    _check_optional(rows[-1], optional, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"{path} cannot be read ({error}): check the path.") from error
     if not rows:
@@ -147,6 +153,16 @@ def _checked(line: str, fields: Mapping[str, type], where: str) -> dict[str, Any
                 f"the fields are {', '.join(fields)}."
             )
     return row
+
+
+def _check_optional(
+    row: Mapping[str, Any], optional: Mapping[str, type | tuple[type, ...]], where: str
+) -> None:
+    for name, kind in optional.items():
+        if name in row and not isinstance(row[name], kind):
+            raise DataError(
+                f"{where}: {name!r} cannot be {row[name]!r}: correct it, or leave it out."
+            )
 
 
 def read_csv(path: Path, columns: Sequence[str], header: bool) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("The plots need matplotlib: run `pip install 'nybble[eval]'`.") from error
+        raise ConfigError("The plots need matplotlib: run `pip install '.[eval]'`.") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

@@ -27,15 +27,20 @@ Key = tuple[str, int]
 
 
 class RunFolder:
-    """A run on disk. `about` says what it is; a folder that holds another run is refused."""
+    """A run on disk. `about` says what it is; a folder that holds another run is refused.
+
+    Nothing is written before the first row: what could not begin is no run.
+    """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        file = path / "run.json"
-        if file.exists():
+        self.path, self._about = path, about
+        if (file := path / "run.json").exists():
             self._check_same(read_json(file), about)
-        _write_whole(file, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+
+    def _begin(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(self._about, ensure_ascii=False, indent=1) + "\n"
+        _write_whole(self.path / "run.json", content)
 
     def _check_same(self, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         differ = [key for key in about if key in before and before[key] != about[key]]
@@ -56,11 +61,13 @@ class RunFolder:
         return {(row.id, row.sample): row for row in read_rows(file)}
 
     def append(self, task: str, rows: Sequence[Row]) -> None:
+        self._begin()
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
         with (self.path / f"{task}.jsonl").open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def summarise(self, task: str, summary: Summary) -> None:
+        self._begin()
         file = self.path / "results.json"
         results = read_json(file) if file.exists() else {}
         results[task] = asdict(summary)

@@ -15,6 +15,14 @@ from nybble.eval.text import Tokens, words
 
 Protocol = Literal["card", "modern"]
 
+# What a row of a file may have besides its query, gt and prediction.
+OF_A_ROW: Mapping[str, type | tuple[type, ...]] = {
+    "id": (str, int),
+    "sample": int,
+    "subject": str,
+    "fields": dict,
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -108,6 +116,7 @@ class Task(ABC):
     splits: tuple[str, ...] = ("",)
     has_subjects = False
     shots: tuple[int, ...] = (0,)
+    packages: tuple[str, ...] = ()  # of the extra `eval`, that scoring needs
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -175,7 +184,7 @@ class Task(ABC):
             query=row["query"],
             reference=row["gt"],
             subject=row.get("subject", ""),
-            fields=row.get("fields") or self.fields_of(row),
+            fields={**self.fields_of(row), **row.get("fields", {})},
         )
         yield item, row["prediction"]
 

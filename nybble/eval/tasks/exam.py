@@ -10,7 +10,7 @@ from typing import Any
 
 from nybble.errors import ConfigError
 from nybble.eval import data
-from nybble.eval.task import Item, Prompt, Task
+from nybble.eval.task import Item, Prompt, Settings, Task
 from nybble.eval.tasks import choice
 
 COLUMNS = ("question", *choice.LETTERS, "answer")
@@ -32,6 +32,11 @@ class Exam(Task):
     option_prefix: str
     shots = (0, 5)
     has_subjects = True
+    packages = ("rapidfuzz",)
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings)
+        self.subjects = self._subjects()
 
     @abstractmethod
     def file(self, split: str, subject: str) -> Path: ...
@@ -50,8 +55,7 @@ class Exam(Task):
 
     # -- loading -----------------------------------------------------------------------------
 
-    @property
-    def subjects(self) -> list[str]:
+    def _subjects(self) -> list[str]:
         known = [subject for group in self.groups.values() for subject in group]
         wanted = self.settings.subjects
         for subject in wanted:
@@ -115,7 +119,7 @@ class Exam(Task):
 
     def fields_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """A foreign row has its options in the query, one a line, or as fields A to D."""
-        if "A" in row:
+        if all(letter in row for letter in choice.LETTERS):
             return {"options": {letter: str(row[letter]) for letter in choice.LETTERS}}
         found = dict(_OPTION.findall(row["query"]))
         return {"options": {letter: found.get(letter, "") for letter in choice.LETTERS}}

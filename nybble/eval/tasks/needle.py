@@ -7,11 +7,12 @@ that is shorter than the longest haystack is repeated.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib import resources
+from typing import Any
 
-from nybble.errors import ConfigError
+from nybble.errors import ConfigError, RequestError
 from nybble.eval.data import DataError
 from nybble.eval.task import Item, Prompt, Row, Summary, Task, percent
 from nybble.eval.text import stretch
@@ -42,16 +43,17 @@ class Needle(Task):
         self._text, self._haystacks = self._haystack(), dict[int, str]()
         text = blake2b(self._text.encode(), digest_size=8).hexdigest()
         return [
-            Item(
-                f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth, "text": text}
-            )
+            Item(f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth, "text": text})
             for length in self.settings.lengths
             for depth in self.settings.depths
         ]
 
     def _check_lengths(self) -> None:
         context = self.settings.context
-        longest = max(self.settings.lengths, default=0)
+        longest = max(self.settings.lengths)
+        question = len(self.settings.tokens(_ASK.format(NEEDLE)))
+        if (shortest := min(self.settings.lengths)) <= question:
+            raise ConfigError(f"--lengths has {shortest}: the question alone needs {question}.")
         if context is not None and longest + _ROOM > context:
             raise ConfigError(
                 f"--lengths has {longest} and the model's context is {context}: "
@@ -75,8 +77,6 @@ class Needle(Task):
     def prompt(self, item: Item) -> Prompt:
         length, depth = int(item.subject), int(item.fields["depth"])
         room = length - len(self.settings.tokens(_ASK.format(NEEDLE)))
-        if room < 1:
-            raise ConfigError(f"--lengths has {length}: the question alone needs more tokens.")
         if room not in self._haystacks:
             self._haystacks[room] = stretch(self._text, room, self.settings.tokens)
         text = hide(self._haystacks[room], NEEDLE, depth)
@@ -91,6 +91,14 @@ class Needle(Task):
         """The share of the needle's facts among the answer's words."""
         found = set(re.findall(r"[a-z]+", (answer or "").lower()))
         return sum(fact in found for fact in FACTS) / len(FACTS)
+
+    def fields_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not row.get("subject", "").isdecimal():
+            raise RequestError(
+                "A row of the needle must have its length as `subject`: score rows of nybble's "
+                "own runs."
+            )
+        return {}
 
     def aggregate(self, rows: Sequence[Row]) -> Summary:
         whole = super().aggregate(rows)

@@ -34,6 +34,8 @@ class Call:
 class ToolUse(Task):
     """Subjects: "positive" (a tool is needed) and "negative" (none is)."""
 
+    packages = ("json5",)
+
     def load(self) -> list[Item]:
         return [*self._set("positive"), *self._set("negative")]
 

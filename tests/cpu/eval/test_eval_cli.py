@@ -80,6 +80,85 @@ def test_a_run_is_continued_with_the_same_model_only(model, gsm8k, option, value
     assert run(*arguments, "--threads", 2).exit_code == 0
 
 
+@pytest.fixture
+def no_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("nybble.cli.loading.load", load)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gsm8k", "--shots", 3), "0 or 4 or 8 shots"),
+        (("gsm8k", "--split", "val"), "no split"),
+        (("mmlu", "--subjects", "poems"), "no subject 'poems'"),
+        (("needle", "--depths", 101), "--depths has 101"),
+        (("needle", "--lengths", "4000,20"), "--lengths has 20"),
+        (("gsm8k", "--max-tokens", 0), "max_tokens"),
+        (("gsm8k", "--temperature", -1), "temperature"),
+        (("gsm8k", "--data", "nowhere"), "is no folder"),
+        (("gsm8k", "--data", "~nosuchuser"), "no such user"),
+        (("all", "--data", "nowhere", "--shots", 5), "No benchmark is left"),
+        (("gsm8k", "--out", "gsm8k/file"), "cannot be made"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(no_model, gsm8k, arguments, message):
+    (gsm8k / "file").touch()
+    name, *rest = arguments
+    rest = [gsm8k / "file" / "x" if word == "gsm8k/file" else word for word in rest]
+    result = run(name, "demo", *(() if "--data" in rest else ("--data", gsm8k)), *rest)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_all_leaves_out_what_an_option_does_not_go_with(model, gsm8k):
+    shutil.copy(DATA / "gsm8k-test.jsonl", gsm8k / "gsm8k" / "train.jsonl")
+    result = run("all", "demo", "--data", gsm8k, "--shots", 4, "--out", "r")
+    assert result.stdout.startswith("gsm8k: 16.67")
+    assert "needle is left out. needle is defined with 0 shots" in result.stderr
+
+
+def test_all_brings_its_own_needle(model, gsm8k, monkeypatch):
+    monkeypatch.setattr("nybble.eval.task.Settings.lengths", (200,))
+    monkeypatch.setattr("nybble.eval.task.Settings.depths", (50,))
+    (gsm8k / "README.txt").write_text("No prose.")
+    assert "needle: 100.00" in run("all", "demo", "--data", gsm8k, "--out", "r").stdout
+    assert all("No prose." not in prompt.text for prompt in model.prompts)
+
+
+def test_a_missing_file_of_leval_leaves_the_others(model, tmp_path):
+    row = {"input": "text", "instructions": ["Q"], "outputs": ["18"]}
+    (tmp_path / "gsm100.jsonl").write_text(json.dumps(row))
+    result = run("leval", "demo", "--data", tmp_path, "--out", "r")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("leval-gsm100: 100.00")
+    assert "leval-tpo is left out." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("leval", {}, "leval is several benchmarks, score takes one: leval-coursera"),
+        ("all", {}, "all is several benchmarks"),
+        ("needle", {}, "must have its length as `subject`"),
+        ("gsm8k", {"sample": "x"}, "line 1: 'sample' cannot be 'x'"),
+        ("gsm8k", {"fields": [1]}, "line 1: 'fields' cannot be [1]"),
+        ("gsm8k", {"subject": 3}, "line 1: 'subject' cannot be 3"),
+    ],
+)
+def test_rows_that_cannot_be_scored(tmp_path, task, row, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"query": "?", "gt": "1", "prediction": "1"} | row))
+    result = run("score", task, "--predictions", file)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 def test_all_leaves_out_what_has_no_data(model, gsm8k, monkeypatch):
     monkeypatch.setattr("nybble.eval.task.Settings.lengths", (200,))
     monkeypatch.setattr("nybble.eval.task.Settings.depths", (50,))
@@ -96,10 +175,11 @@ def test_the_needle_without_data(model):
     assert len(model.prompts) == 4
 
 
-def test_part_of_leval(model, tmp_path):
+@pytest.mark.parametrize("subjects", ["gsm100", " gsm100 ,"])
+def test_part_of_leval(model, tmp_path, subjects):
     row = {"input": "text", "instructions": ["Q"], "outputs": ["18"]}
     (tmp_path / "gsm100.jsonl").write_text(json.dumps(row))
-    result = run("leval", "demo", "--data", tmp_path, "--subjects", "gsm100", "--out", "r")
+    result = run("leval", "demo", "--data", tmp_path, "--subjects", subjects, "--out", "r")
     assert result.stdout.startswith("leval-gsm100: 100.00")
 
 

@@ -102,7 +102,8 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 
 def test_another_runs_folder_is_refused(tmp_path):
-    RunFolder(tmp_path, {"model": "m", "shots": 0, "version": "1"})
+    RunFolder(tmp_path, {"model": "m", "shots": 9})  # never began
+    RunFolder(tmp_path, {"model": "m", "shots": 0, "version": "1"}).append("adding", [])
     RunFolder(tmp_path, {"model": "m", "shots": 0, "version": "2"})
     with pytest.raises(ConfigError, match=r"another run \(shots differ\).*--out"):
         RunFolder(tmp_path, {"model": "m", "shots": 5, "version": "1"})
