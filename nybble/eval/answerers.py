@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from nybble.errors import ConfigError, RequestError
 from nybble.eval.task import Prompt
@@ -21,6 +25,9 @@ from nybble.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from nybble.llm import LLM
+
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -145,23 +152,19 @@ class Endpoint:
         workers: int = 8,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"--endpoint is {url!r}: give a URL such as http://localhost:8000/v1."
-            )
-        self._url = url.rstrip("/")
+        self._url = _checked_url(url)
         self._model = model
         self._decoding = decoding or Decoding()
         self._workers = workers
         self._pause = pause
+        self._headers = {"Content-Type": "application/json", **_authorization()}
 
     @property
     def context(self) -> None:
         return None
 
     def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[str]:
-        with ThreadPoolExecutor(self._workers) as pool:
-            return list(pool.map(self._one, prompts, seeds))
+        return _side_by_side(self._one, list(zip(prompts, seeds, strict=True)), self._workers)
 
     def _one(self, prompt: Prompt, seed: int) -> str:
         body: dict[str, Any] = {
@@ -173,18 +176,19 @@ class Endpoint:
         if prompt.stop:
             body["stop"] = list(prompt.stop)
         if not prompt.chat:
-            return str(self._post("/completions", body | {"prompt": prompt.text})["text"])
+            return self._post("/completions", body | {"prompt": prompt.text}, _text)
         messages = [{"role": "user", "content": prompt.text}]
         if prompt.system is not None:
             messages.insert(0, {"role": "system", "content": prompt.system})
-        choice = self._post("/chat/completions", body | {"messages": messages})
-        return str(choice["message"]["content"] or "")
+        return self._post("/chat/completions", body | {"messages": messages}, _message)
 
     def option_logprobs(self, prompt: str, options: Sequence[str]) -> list[float]:
         """Options must be single tokens; -inf for one that is not among the likeliest."""
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": self._TOP}
-        choice = self._post("/completions", body)
-        top = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0]
+        # A server that ends the text at once, because that is likeliest, tells no alternatives.
+        top = self._post("/completions", body, _alternatives) or self._post(
+            "/completions", body | {"ignore_eos": True}, _alternatives
+        )
         found = [float(top.get(option, -math.inf)) for option in options]
         if max(found) == -math.inf:
             raise RequestError(
@@ -193,20 +197,15 @@ class Endpoint:
             )
         return found
 
-    def tokens(self, text: str) -> list[str]:
-        return words(text)
+    tokens = staticmethod(words)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The first choice of the answer."""
+    def _post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], _Read]) -> _Read:
+        """What `read` finds in the first choice of the answer."""
         data = json.dumps({"model": self._model, **body}).encode()
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url + path, data, headers)
-        answer = self._send(request)
+        answer = self._send(urllib.request.Request(self._url + path, data, self._headers))
         try:
-            return json.loads(answer)["choices"][0]
-        except (ValueError, LookupError, TypeError) as error:
+            return read(json.loads(answer)["choices"][0])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RequestError(
                 f"{self._url}{path} answered {answer[:100]!r}, which is no completion: "
                 "give the address that ends in /v1."
@@ -225,14 +224,75 @@ class Endpoint:
                         f"({reason}) What is finished is kept: when that is settled, run the same "
                         "command again."
                     ) from error
-            except OSError as error:
-                reason = str(error)
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(error).strip() or type(error).__name__
             if attempt < self._ATTEMPTS:
                 self._pause(2.0**attempt)
         raise RequestError(
             f"{request.full_url} failed ({reason}): check that it runs; what is finished is kept, "
             "so run the same command again."
         )
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        sound = False
+    if not sound or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"--endpoint is {url!r}: give a URL such as http://localhost:8000/v1.")
+    return url.rstrip("/")
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("OPENAI_API_KEY is no key: it has characters that no header can hold.")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _text(choice: Any) -> str:
+    return str(choice["text"])
+
+
+def _message(choice: Any) -> str:
+    return str(choice["message"]["content"] or "")
+
+
+def _alternatives(choice: Any) -> dict[str, float]:
+    """Token -> log-probability of the first token; {} where the server tells none."""
+    top = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+    return {token: float(logprob) for token, logprob in (top[0] or {}).items()}
+
+
+def _side_by_side(
+    function: Callable[..., str], jobs: Sequence[tuple[Any, ...]], workers: int
+) -> list[str]:
+    """function(*job) of every job, in order, in threads that Ctrl-C need not wait for."""
+    todo, results = deque(enumerate(jobs)), SimpleQueue[tuple[int, str | BaseException]]()
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                index, job = todo.popleft()
+                try:
+                    results.put((index, function(*job)))
+                except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                    results.put((index, error))
+
+    for _ in range(min(workers, len(jobs))):
+        Thread(target=work, daemon=True).start()
+    found: dict[int, str] = {}
+    try:
+        while len(found) < len(jobs):
+            index, result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            found[index] = result
+    finally:
+        todo.clear()
+    return [found[index] for index in range(len(jobs))]
 
 
 def _said(body: bytes) -> str:

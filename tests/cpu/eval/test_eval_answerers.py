@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -93,6 +96,9 @@ def test_a_busy_server_is_asked_again(server):
         ([(500, {})] * 4, "500.*run the same command again"),
         ([(200, {"hello": 1})], "no completion.*ends in /v1"),
         ([(200, b"<html>")], "no completion"),
+        ([(200, {"choices": [{"message": None}]})], "no completion"),
+        ([(200, {"choices": [None]})], "no completion"),
+        ([(200, b"")], "no completion"),
     ],
 )
 def test_failures_say_what_to_do(server, replies, message):
@@ -115,6 +121,80 @@ def test_logprobs_of_options_over_http(server):
     assert found == [-1.0, -math.inf, -0.5]
     with pytest.raises(RequestError, match="logprobs"):
         endpoint(server).option_logprobs("Q", (" A",))
+
+
+def test_an_end_that_is_likeliest_hides_no_options(server):
+    """Nothing is generated, so nothing has alternatives, until the end is ruled out."""
+    top = {"choices": [{"logprobs": {"top_logprobs": [{" A": -1.0}]}}]}
+    server.queue += [(200, {"choices": [{"text": "", "logprobs": {"top_logprobs": []}}]})]
+    server.queue += [(200, top)]
+    assert endpoint(server).option_logprobs("Q", (" A",)) == [-1.0]
+    assert [body.get("ignore_eos") for _, body, _ in server.seen] == [None, True]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://localhost:99999/v1", "http://localhost:x/v1", "http://[::1/v1", "http:///v1"),
+        *("http://local host/v1", "http://localhost/v1\n", "http://löcal/v1", "ftp://localhost"),
+    ],
+)
+def test_addresses_that_are_none(url):
+    with pytest.raises(ConfigError, match="give a URL such as"):
+        Endpoint(url, "m")
+
+
+@pytest.mark.parametrize("key", ["ключ", "a\nb"])
+def test_a_key_that_is_none(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY is no key"):
+        Endpoint("http://localhost/v1", "m")
+
+
+def test_a_server_that_speaks_no_http_is_a_failure():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            for _ in range(4):
+                with listener.accept()[0] as line:
+                    line.sendall(b"SSH-2.0-OpenSSH\r\n")
+                    line.shutdown(socket.SHUT_WR)
+                    while line.recv(65536):
+                        pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(RequestError, match=r"SSH-2\.0-OpenSSH\): check that it runs"):
+            Endpoint(url, "m", pause=lambda _: None).answer([Prompt("x")], [0])
+        thread.join()
+
+
+def test_ctrl_c_does_not_wait_for_the_answers():
+    code = """
+import signal, socket, threading
+from nybble.eval.answerers import Endpoint
+from nybble.eval.task import Prompt
+
+listener = socket.create_server(("127.0.0.1", 0))
+listener.settimeout(30)
+def interrupt():
+    line = listener.accept()[0]
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    line.recv(1)
+    threading.Event().wait()
+threading.Thread(target=interrupt, daemon=True).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m")
+try:
+    endpoint.answer([Prompt("x")], [0])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
 
 
 # -- an LLM of this process ----------------------------------------------------------------------
