@@ -13,6 +13,7 @@ from typing import Any
 from nybble.errors import ConfigError
 from nybble.eval import card, plots
 from nybble.eval.runner import read_json, read_rows
+from nybble.eval.tasks import needle
 
 _SPOKES = {**card.QUANTIZATION_COLUMNS, "ceval": "C-Eval", "leval": "L-Eval"}
 _RADAR_MODELS = ("Qwen-72B-Chat", "ChatGPT3.5", "ChatGPT4", "LLaMA2-70B-Chat")
@@ -25,17 +26,31 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder as the report needs it. results: task -> its summary."""
+    """A run's folder as the report needs it. results: task -> its summary.
+
+    label: the folder's name, for files. suffix: the same, where the name alone is ambiguous.
+    """
 
     folder: Path
     about: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]]
+    label: str = ""
     suffix: str = ""
 
     @property
     def name(self) -> str:
-        details = [self.about["weights"], self.about["protocol"], f"{self.shots}-shot", self.suffix]
-        return f"{self.about['model']} ({', '.join(str(d) for d in details if d)})"
+        about = self.about
+        temperature = about.get("temperature")
+        details = [
+            about["weights"],
+            about["protocol"],
+            "base" if about.get("base") else "",
+            f"{self.shots}-shot",
+            about.get("split"),
+            f"temperature {temperature:g}" if temperature else "",
+            self.suffix,
+        ]
+        return f"{about['model']} ({', '.join(str(d) for d in details if d)})"
 
     @property
     def shots(self) -> int:
@@ -76,11 +91,18 @@ def write(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name get their folder's name besides."""
+    """Every run with a label of its own; runs of one name have it in their names besides."""
     count = Counter(run.name for run in runs)
+    labels: list[str] = []
+    for run in runs:
+        label = name = _file_name(run.folder.resolve().name)
+        number = 1
+        while label in labels:
+            label, number = f"{name}-{number + 1}", number + 1
+        labels.append(label)
     return [
-        replace(run, suffix=run.folder.resolve().name) if count[run.name] > 1 else run
-        for run in runs
+        replace(run, label=label, suffix=label if count[run.name] > 1 else "")
+        for run, label in zip(runs, labels, strict=True)
     ]
 
 
@@ -142,7 +164,11 @@ def _quantization(runs: Sequence[Run]) -> Section:
         [f"Qwen-72B-Chat {weights}", *(f"{value:.1f}" for value in values)]
         for weights, values in card.QUANTIZATION.items()
     ]
-    rows += _score_rows(runs, columns)
+    rows += [
+        [run.name, *_cells(run, columns)]
+        for run in runs
+        if any(task in run.results for task in columns)
+    ]
     return Section("What quantisation costs", ("Weights", *columns.values()), rows)
 
 
@@ -152,52 +178,40 @@ def _leval(runs: Sequence[Run]) -> Section:
         [model, f"{sum(values) / len(values):.2f}", *(f"{value:.2f}" for value in values)]
         for model, values in card.LEVAL.items()
     ]
-    for cells in _score_rows(runs, columns):
-        run = next(run for run in runs if run.name == cells[0])
-        average = _spoke(run, "leval")
-        rows.append([cells[0], "" if average is None else bold(average), *cells[1:]])
+    for run in runs:
+        if any(task in run.results for task in columns):
+            average = _spoke(run, "leval")
+            rows.append([run.name, "" if average is None else bold(average), *_cells(run, columns)])
     return Section("L-Eval, closed-ended tasks", ("Model", "Average", *columns.values()), rows)
 
 
-def _score_rows(runs: Sequence[Run], columns: Mapping[str, str]) -> list[list[str]]:
+def _cells(run: Run, columns: Mapping[str, str]) -> list[str]:
+    """The run's scores with their intervals, "" where it has none."""
     return [
-        [
-            run.name,
-            *(
-                f"{bold(run.results[task]['score'])} ({interval(run.results[task])})"
-                if task in run.results
-                else ""
-                for task in columns
-            ),
-        ]
-        for run in runs
-        if any(task in run.results for task in columns)
+        f"{bold(found['score'])} ({interval(found)})" if (found := run.results.get(task)) else ""
+        for task in columns
     ]
 
 
 def _of_one(run: Run) -> Iterator[Section]:
     """What only this run has: its needle map, and the parts of its scores."""
     if "needle" in run.results:
-        cells = {
-            (int(row.subject), int(row.fields["depth"])): row.score
-            for row in read_rows(run.folder / "needle.jsonl")
-        }
-        picture = plots.needle_map(f"Needle in a haystack: {run.name}", cells)
-        file = f"needle-{_file_name(run.folder.resolve().name)}.png"
+        rows = read_rows(run.folder / "needle.jsonl")
+        cells = {(int(row.subject), int(row.fields["depth"])): row.score for row in rows}
+        picture = plots.needle_map(run.name, cells, needle.unit(rows))
+        file = f"needle-{run.label}.png"
         yield Section(f"Needle in a haystack, {run.name}", picture=(file, picture))
     for task, result in run.results.items():
         if parts := result.get("parts"):
-            rows = [[name, f"{value:.1f}"] for name, value in parts.items()]
-            yield Section(f"{task} in parts, {run.name}", ("Part", "Score"), rows)
+            lines = [[name, f"{value:.1f}"] for name, value in parts.items()]
+            yield Section(f"{task} in parts, {run.name}", ("Part", "Score"), lines)
 
 
 def _radar(runs: Sequence[Run], spokes: Sequence[str]) -> bytes:
     lines = {run.name: [_spoke(run, task) for task in spokes] for run in runs}
     for model in _RADAR_MODELS:
-        values = [_card_spoke(model, task) for task in spokes]
-        if any(value is not None for value in values):
-            lines[f"{model} (card)"] = values
-    return plots.radar([_SPOKES[task] for task in spokes], lines)
+        lines[f"{model} (card)"] = [_card_spoke(model, task) for task in spokes]
+    return plots.radar([_SPOKES[task] for task in spokes], lines, measured=len(runs))
 
 
 def _spoke(run: Run, task: str) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 from nybble.errors import ConfigError, RequestError
 from nybble.eval.data import DataError
 from nybble.eval.task import Item, Prompt, Row, Summary, Task, percent
-from nybble.eval.text import stretch
+from nybble.eval.text import stretch, words
 
 NEEDLE = (
     "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny "
@@ -42,8 +42,10 @@ class Needle(Task):
         self._check_lengths()
         self._text, self._haystacks = self._haystack(), dict[int, str]()
         text = blake2b(self._text.encode(), digest_size=8).hexdigest()
+        counted = "words" if self.settings.tokens is words else "tokens"
+        shared = {"text": text, "unit": counted}
         return [
-            Item(f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth, "text": text})
+            Item(f"{length}/{depth}", QUESTION, NEEDLE, str(length), {"depth": depth, **shared})
             for length in self.settings.lengths
             for depth in self.settings.depths
         ]
@@ -104,10 +106,17 @@ class Needle(Task):
         whole = super().aggregate(rows)
         lengths = sorted({int(row.subject) for row in rows})
         parts = {
-            f"{length} tokens": percent([row.score for row in rows if int(row.subject) == length])
+            f"{length} {unit(rows)}": percent(
+                [row.score for row in rows if int(row.subject) == length]
+            )
             for length in lengths
         }
         return Summary(whole.score, whole.n, whole.interval, parts)
+
+
+def unit(rows: Sequence[Row]) -> str:
+    """What the lengths count: tokens, or words where the tokens of a model were not known."""
+    return str(rows[0].fields.get("unit", "tokens")) if rows else "tokens"
 
 
 def hide(text: str, needle: str, depth: int) -> str:

@@ -119,6 +119,48 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert "| demo (Int4, card, 0-shot, second) | mmlu | **20.0** |" in text
 
 
+def test_runs_of_one_folder_name_are_told_apart_too(tmp_path):
+    folders = []
+    for place, answer in (("a", searcher), ("b", lambda _: "no idea")):
+        folders.append(tmp_path / place / "run")
+        folder = RunFolder(folders[-1], ABOUT)
+        settings = Settings(lengths=(200,), depths=(50,), tokens=Mock().tokens)
+        run_task(Needle("needle", settings), Mock(answer), folder)
+        for task in card.LEVAL_COLUMNS:
+            folder.summarise(task, Summary(len(folders) * 10.0, 5, wilson(1, 5)))
+    paths = write([load_run(path) for path in folders], tmp_path / "report")
+    pictures = {path.name: path.read_bytes() for path in paths if path.name.startswith("needle")}
+    assert sorted(pictures) == ["needle-run-2.png", "needle-run.png"]
+    assert len(set(pictures.values())) == 2
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| demo (Int4, card, 0-shot, run) | **10.0** |" in text
+    assert "| demo (Int4, card, 0-shot, run-2) | **20.0** |" in text
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({"base": True}, "demo (Int4, card, base, 0-shot)"),
+        ({"split": "test", "temperature": 0.0}, "demo (Int4, card, 0-shot, test)"),
+        ({"temperature": 0.8}, "demo (Int4, card, 0-shot, temperature 0.8)"),
+    ],
+)
+def test_a_name_says_how_the_run_was_made(tmp_path, about, name):
+    RunFolder(tmp_path, ABOUT | about).summarise("mmlu", Summary(1.0, 1, wilson(0, 1)))
+    assert load_run(tmp_path).name == name
+
+
+def test_lengths_in_words_are_called_words(tmp_path):
+    settings = Settings(lengths=(200,), depths=(50,))
+    summary = run_task(Needle("needle", settings), Mock(searcher), RunFolder(tmp_path, ABOUT))
+    assert list(summary.parts) == ["200 words"]
+
+
+def test_names_in_any_letters_are_drawn_without_a_warning(recwarn):
+    plots.radar(["a", "b", "c"], {"通义千问": [1, 50, None], "none": [None] * 3}, 1)
+    assert not recwarn.list
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.json cannot be read.*folder of a run"):
         load_run(tmp_path)
@@ -140,8 +182,8 @@ def test_the_cards_figures():
 
 
 def test_pictures_of_any_size():
-    assert size(plots.radar(["a", "b", "c"], {"m": [1, 50, None], "n": [1, 2, 3]}))
+    assert size(plots.radar(["a", "b", "c"], {"m": [1, 50, None], "n": [1, 2, 3]}, 1))
     cells = {(1000 * i, j): (i + j) % 2 for i in range(1, 9) for j in range(0, 101, 10)}
-    wide, high = size(plots.needle_map("title", cells))
+    wide, high = size(plots.needle_map("title", cells, "tokens"))
     assert wide > high
-    assert size(plots.needle_map("one cell", {(100, 50): math.nan}))
+    assert size(plots.needle_map("one cell", {(100, 50): math.nan}, "words"))
