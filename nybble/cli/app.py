@@ -41,6 +41,7 @@ app = typer.Typer(
 def main() -> None:
     """The entry point of the command `nybble`."""
     sys.excepthook = report_bug
+    console.open_closed_streams()
     console.use_utf8()
     typer.main.get_command(app)(prog_name="nybble")
 

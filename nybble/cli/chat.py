@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nybble.cli import console, reading
 from nybble.cli.conversation import Conversation
+from nybble.cli.folders import expanded
 from nybble.cli.loading import load
 from nybble.cli.options import Running, Sampling
 from nybble.cli.speed import speed_line
@@ -39,7 +40,7 @@ def run(
     quiet: bool,
 ) -> None:
     if prompt is not None:
-        prompt = reading.prompt_text(prompt)
+        prompt = _some(reading.prompt_text(prompt))
     llm = load(model, running, quiet)
     params = sampling.params(llm.default_params)
     interactive = prompt is None and sys.stdin.isatty()
@@ -104,9 +105,7 @@ class Chat:
         """The prompt, which leaves room for an answer: a long chat loses its oldest turns."""
         context = self.llm.engine.max_context
         wanted = min(self.params.max_tokens or context, context // 4)
-        checked = reading.checked(query)
-        if not checked.strip():
-            raise RequestError("The message is empty: write something.")
+        checked = _some(reading.checked(query))
         ids, dropped = self.conversation.prompt(checked, self.llm.chat_ids, context - wanted)
         if dropped:
             turns = "turn was" if dropped == 1 else f"{dropped} turns were"
@@ -188,6 +187,12 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise RequestError("/save needs a file's name: /save chat.json, say.")
-        path = Path(name).expanduser()
+        path = expanded("/save", Path(name))
         self.conversation.save(path)
         console.note(f"Saved to {path}.")
+
+
+def _some(message: str) -> str:
+    if not message.strip():
+        raise RequestError("The message is empty: write something.")
+    return message

@@ -50,9 +50,10 @@ class Conversation:
                 file.write(text + "\n")
         except FileExistsError:
             raise RequestError(f"{path} exists already: choose another name.") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise RequestError(
-                f"{path} cannot be written ({error.strerror}): choose another place."
+                f"{path} cannot be written ({reason}): choose another place."
             ) from error
 
 

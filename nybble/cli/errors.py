@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from types import TracebackType
 from typing import Any
@@ -29,9 +30,22 @@ class CommandGroup(TyperGroup):
                 raise
             console.error(str(error))
             raise typer.Exit(FAILED) from error
+        except OSError as error:
+            # A reader that went away is no error: it is left to those who know what to do.
+            if error.errno == errno.EPIPE or ctx.params.get("debug"):
+                raise
+            console.error(_of_files(error))
+            raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
         return result
+
+
+def _of_files(error: OSError) -> str:
+    """What the system would not do, and with which file."""
+    what = error.strerror or str(error)
+    where = f"{what}: {error.filename}" if error.filename else what
+    return f"{where}. Check that the path is right, that it may be used, and that there is room."
 
 
 def report_bug(

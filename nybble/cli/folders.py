@@ -22,7 +22,7 @@ def expanded(option: str, path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{option} is {path}, and there is no such user: write it out."
+            f"{option} {path}: there is no such user, so write the folder out."
         ) from error
 
 

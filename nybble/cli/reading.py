@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+from nybble.cli import console
 from nybble.errors import RequestError
 
 ReadLine = Callable[[str], str]
@@ -63,6 +64,8 @@ def prompt_text(prompt: str) -> str:
 
 
 def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        console.note("Type the prompt; Ctrl-D at the start of a line ends it.")
     data = sys.stdin.buffer.read()
     try:
         return data.decode().removesuffix("\n")

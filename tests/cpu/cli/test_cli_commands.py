@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
+from nybble.cli.folders import is_folder
 from nybble.sampling import SamplingParams
 
 TOY = Path(__file__).parents[2] / "data" / "qwen1-plain"
@@ -117,6 +118,11 @@ def test_generate_takes_and_gives_ids(llm: FakeLLM) -> None:
     assert "whole numbers" in result.stderr
 
 
+def test_an_empty_message_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.cli.chat.load", lambda *_: 1 / 0)
+    assert "The message is empty" in run("chat", "demo", "  ").stderr
+
+
 def test_a_folder_without_tokenizer_answers_in_ids() -> None:
     """The true engine, on the toy: its golden greedy ids."""
     cases = load_file(TOY / "expected.safetensors")
@@ -160,6 +166,26 @@ def test_a_prompt_in_the_models_place_is_noticed(prompt: str) -> None:
     result = run("chat", prompt)
     assert result.exit_code == 2
     assert "the model comes first" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a word " * 100, "~nosuchuser/a b", "NUL \0"])
+def test_what_can_be_no_path_is_no_folder(name: str) -> None:
+    result = run("chat", name)
+    assert result.exit_code == 2
+    assert "the model comes first" in result.stderr
+    assert not is_folder(name)
+
+
+def test_a_file_that_cannot_be_written_is_no_bug(llm: FakeLLM, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        (tmp_path / "none" / "x").write_text("")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.cli.generate.load", fail)
+        result = run("generate", "demo", "Once")
+        assert result.exit_code == 1
+        assert f"No such file or directory: {tmp_path}/none/x. Check" in result.stderr
+        assert isinstance(run("--debug", "generate", "demo", "x").exception, FileNotFoundError)
 
 
 @pytest.mark.parametrize("arguments", [["chat", "--nonsense"], ["chatt"], ["pull"], ["info"]])

@@ -199,3 +199,31 @@ def test_output_is_utf8_whatever_the_locale() -> None:
         check=False,
     )
     assert done.stdout.decode() == "You said 你好\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "says"), [("<&-", "The prompt is empty"), (">&-", ""), ("2>&-", "")]
+)
+def test_closed_streams(stream: str, says: str) -> None:
+    prompt = "-" if stream == "<&-" else "hello"
+    done = subprocess.run(
+        f'"{sys.executable}" "{PROGRAM}" chat demo {prompt} -q {stream}',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == (1 if says else 0)
+    assert says in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_a_terminal_is_told_that_its_prompt_is_waited_for(
+    open_terminal: Callable[..., Terminal],
+) -> None:
+    terminal = open_terminal("chat", "demo", "-")
+    terminal.wait_for("Ctrl-D at the start of a line ends it.")
+    terminal.type("hey\n\x04")
+    terminal.wait_for("You said hey")
+    assert terminal.end() == 0

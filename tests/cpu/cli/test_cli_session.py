@@ -94,12 +94,15 @@ def test_saved_chats_are_openai_messages(tmp_path: Path) -> None:
 def test_save_never_overwrites(tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "chat.json"
     path.write_text("precious")
-    session(FakeLLM(), "one", f"/save {path}", "/save", f"/save {tmp_path}/no/chat.json")
+    places = (path, "", f"{tmp_path}/no/chat.json", "~nosuchuser/x", "a\0b", "x" * 300)
+    chat = session(FakeLLM(), "one", *(f"/save {place}" for place in places))
+    assert len(chat.conversation.turns) == 1
     assert path.read_text() == "precious"
     shown = capsys.readouterr().err
     assert "exists already" in shown
     assert "needs a file's name" in shown
-    assert "cannot be written" in shown
+    assert shown.count("cannot be written") == 3
+    assert "there is no such user" in shown
 
 
 @pytest.mark.parametrize("leave", ["/exit", "/quit", EOFError])
