@@ -78,7 +78,7 @@ class CEval(Exam):
     def read_answer(self, item: Item, output: str) -> str | None:
         if self.settings.card:
             return choice.chinese(output, item.query, item.fields["options"])
-        return choice.final(output, "chinese")
+        return choice.final(output, choice.CHINESE)
 
     def aggregate(self, rows: Sequence[Row]) -> Summary:
         """The mean over subjects; parts: each category, the Hard subset, then each subject."""

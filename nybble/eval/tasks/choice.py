@@ -13,7 +13,7 @@ from collections.abc import Mapping
 LETTERS = "ABCD"
 _NO = "[^ABCD]"  # a gap never reaches over another letter
 
-_ENGLISH = tuple(
+ENGLISH = tuple(
     re.compile(pattern)
     for pattern in (
         # "the answer is B", "choose B"; not "the answer is not A"
@@ -27,7 +27,7 @@ _ENGLISH = tuple(
     )
 )
 _IS = "[是为：:】]"
-_CHINESE = tuple(
+CHINESE = tuple(
     re.compile(pattern)
     for pattern in (
         # 答案是B、选B; not 答案不是A
@@ -40,7 +40,9 @@ _CHINESE = tuple(
         r"(?<![a-zA-Z])([ABCD])(?![a-zA-Z=])",
     )
 )
-_FINAL = re.compile(r"(?:[Aa]nswer|答案)(?:\s+is|是|为)?\W{0,6}([ABCD])(?![A-Za-z])")
+_FINAL = re.compile(r"(?:(?i:answer(?:\s+is)?)|答案[是为]?)\W{0,6}([ABCD])(?![A-Za-z])")
+# "A cell divides": the first word of a sentence, and no letter; "A is right" and such are.
+_ARTICLE = re.compile(r"(?:^|(?<=[.!?:]\s))A(?=\s+(?!is\b|because\b|since\b)[a-z])", re.MULTILINE)
 _LONGEST_STEM = 4
 
 
@@ -50,7 +52,7 @@ def english(output: str, options: Mapping[str, str]) -> str:
     for letter, option in _longest_first(options):
         if stem := option.rstrip("."):
             text = re.sub(re.escape(stem), letter, text, flags=re.IGNORECASE)
-    return _first(_ENGLISH, text) or _most_alike(text, options)
+    return _first(ENGLISH, text) or _most_alike(text, options)
 
 
 def chinese(output: str, question: str, options: Mapping[str, str]) -> str:
@@ -59,17 +61,17 @@ def chinese(output: str, question: str, options: Mapping[str, str]) -> str:
     for letter, option in _longest_first(options):
         if stem := option.rstrip("。"):
             text = text.replace(stem, letter)
-    return _first(_CHINESE, text) or _most_alike(text, options)
+    return _first(CHINESE, text) or _most_alike(text, options)
 
 
-def final(output: str, patterns: str) -> str | None:
+def final(output: str, patterns: tuple[re.Pattern[str], ...]) -> str | None:
     """Today's reading: the last "Answer: X"; else the card's readings of the plain text.
 
-    patterns: "english" or "chinese". No guess: None where no letter is named.
+    patterns: ENGLISH or CHINESE. No guess: None where no letter is named.
     """
     if named := _FINAL.findall(output):
         return str(named[-1])
-    return _first(_CHINESE if patterns == "chinese" else _ENGLISH, output.strip())
+    return _first(patterns, _ARTICLE.sub("a", output.strip()))
 
 
 def _without_stem(output: str, question: str) -> str:

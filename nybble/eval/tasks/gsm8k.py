@@ -21,7 +21,8 @@ _NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-
 # The card's script takes every + or - before a number as its sign: of "60-20" it reads -20.
 _CARD = re.compile(rf"[+-]?(?:{_NUMBER})")
 _MODERN = re.compile(rf"(?:(?<![\w.])[+-])?(?:{_NUMBER})")
-_CUE = re.compile(r"(?:####|[Aa]nswer(?: is|:))(.*)")
+# What is stated may stand below its cue, and either may be bold: "**Answer:**\n\n12".
+_CUE = re.compile(r"(?:####|answer(?: is|:))[\s:*]*(.*)", re.IGNORECASE)
 _CALCULATION = re.compile(r"<<[^>]*>>")
 _TOLERANCE = 1e-4
 
@@ -86,13 +87,17 @@ def last_digits(text: str) -> str | None:
 
 
 def final_number(text: str) -> str | None:
-    """Today's rule: the number after the last "#### " or "answer is", else the last number.
+    """Today's rule: the number stated after the last "#### " or "answer is", else the last number.
 
-    A minus that stands behind a digit or letter is not a sign.
+    Stated is what follows the line's last "=", else what stands at once, else the last of the
+    line. A minus that stands behind a digit or letter is not a sign.
     """
     for rest in reversed(_CUE.findall(text)):
-        if found := _MODERN.search(rest):
-            return _plain(found.group())
+        first = _MODERN.search(rest.rpartition("=")[2])
+        if first and ("=" in rest or not re.search(r"\w", rest[: first.start()])):
+            return _plain(first.group())
+        if number := _last(_MODERN, rest):
+            return number
     return _last(_MODERN, text)
 
 

@@ -32,7 +32,9 @@ _SECONDS = 3.0
 _KS = (1, 10, 100)
 _FENCE = "```"
 _DEDENT = re.compile(r"\n(?!\n*(?:  |\t))")
-_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+# A block in a list is indented, its end too.
+_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+_FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|.*)\n?", re.MULTILINE)
 # What ends a base model's completion: a blank line or the next function (the card's script).
 _BASE_END = re.compile(r"\n\n|def ")
 
@@ -163,16 +165,19 @@ def _body(define: re.Pattern[str], text: str, begin: int = 0) -> int | None:
 def whole_code(output: str, prompt: str, entry_point: str) -> str:
     """Today's rule: the code block that defines the function, entire; a body goes under the prompt.
 
-    The prompt stands before it, so that its imports and helpers are there.
+    The prompt stands before it, so that its imports and helpers are there; what must begin a
+    program stands before both.
     """
     blocks = _BLOCK.findall(output)
     define = re.compile(rf"^[ \t]*(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
     code = next((block for block in blocks if define.search(block)), None)
     if code is None:
         code = "\n".join(blocks) if blocks else output
+    dedented = textwrap.dedent(code)
     if define.search(code):
-        return f"{prompt}    pass\n\n{textwrap.dedent(code)}"
-    return prompt + (code if _indented(code) else textwrap.indent(code, " " * 4))
+        future = "".join(_FUTURE.findall(dedented))
+        return f"{future}{prompt}    pass\n\n{_FUTURE.sub('', dedented)}"
+    return prompt + (code if _indented(dedented) else textwrap.indent(dedented, " " * 4))
 
 
 def _indented(text: str) -> bool:

@@ -84,7 +84,7 @@ class MMLU(Exam):
     def read_answer(self, item: Item, output: str) -> str | None:
         if self.settings.card:
             return choice.english(output, item.fields["options"])
-        return choice.final(output, "english")
+        return choice.final(output, choice.ENGLISH)
 
     def aggregate(self, rows: Sequence[Row]) -> Summary:
         """Over questions; parts: each category over its questions, then each subject."""

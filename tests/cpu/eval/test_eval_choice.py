@@ -27,7 +27,7 @@ LETTERS = st.sampled_from("ABCD")
 )
 def test_english_cases(output, answer):
     assert choice.english(output, OPTIONS) == answer
-    assert choice.final(output, "english") == answer
+    assert choice.final(output, choice.ENGLISH) == answer
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_english_cases(output, answer):
 )
 def test_chinese_cases(output, answer):
     assert choice.chinese(output, "问题", OPTIONS) == answer
-    assert choice.final(output, "chinese") == answer
+    assert choice.final(output, choice.CHINESE) == answer
 
 
 def test_an_options_text_counts_as_its_letter():
@@ -61,13 +61,30 @@ def test_a_filled_question_counts_as_its_answer():
 def test_without_a_letter_the_card_guesses_and_modern_does_not():
     assert choice.english("pair of pear", OPTIONS) == "B"
     assert choice.english("", OPTIONS) == "A"
-    assert choice.final("pair of pear", "english") is None
+    assert choice.final("pair of pear", choice.ENGLISH) is None
 
 
 def test_modern_takes_the_last_stated_answer():
     output = "Answer: A seems right.\nBut B is better.\n**Answer: B**"
-    assert choice.final(output, "english") == "B"
-    assert choice.final("先看A。\n答案：C", "chinese") == "C"
+    assert choice.final(output, choice.ENGLISH) == "B"
+    assert choice.final("先看A。\n答案：C", choice.CHINESE) == "C"
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        ("A triangle has 3 sides.\nANSWER: B", "B"),
+        ("answer: C", "C"),
+        ("A cell divides. I cannot decide.", None),
+        ("I cannot decide. A cell divides.", None),
+        ("A. It divides.", "A"),
+        ("A is the one.", "A"),
+        ("It has to be option A as it divides.", "A"),
+        ("A cell divides, so D.", "D"),
+    ],
+)
+def test_modern_cases(output, answer):
+    assert choice.final(output, choice.ENGLISH) == answer
 
 
 @given(LETTERS, st.sampled_from(["The answer is {}.", "{}", "({})", "I choose {}", "{} is right"]))
@@ -87,4 +104,4 @@ def test_a_denied_letter_is_not_taken(wrong, right):
 def test_every_text_has_a_reading(output):
     assert choice.english(output, OPTIONS) in "ABCD"
     assert choice.chinese(output, "哪一个是水果____？", OPTIONS) in "ABCD"
-    assert choice.final(output, "english") in (None, *"ABCD")
+    assert choice.final(output, choice.ENGLISH) in (None, *"ABCD")

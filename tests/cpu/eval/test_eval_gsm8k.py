@@ -64,6 +64,24 @@ def test_today_a_stated_answer_wins_over_later_numbers():
     assert final_number("#### -1,000\n") == "-1000"
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 20 - 12 = 8 apples", "8"),
+        ("The answer is 20 - 12 = 8 apples, in 3 days.", "8"),
+        ("The answer is: in 3 days she earns $60.", "60"),
+        ("Answer: \n\n12\n\nIn 3 steps", "12"),
+        ("**Answer:**\n\n**12**\n\nIn 3 steps", "12"),
+        ("The answer is:\n\n$12, in 3 steps", "12"),
+        ("ANSWER: -7, not 8", "-7"),
+        ("The answer is known.\n#### 5", "5"),
+        ("#### 5\nThe answer is known.", "5"),
+    ],
+)
+def test_a_stated_answer_is_the_result_of_its_line(text, number):
+    assert final_number(text) == number
+
+
 @given(st.integers(-(10**12), 10**12), st.integers(0, 99))
 def test_numbers_are_read_as_they_are_written(whole, cents):
     text = f"Therefore the result is {whole:,}.{cents:02d} metres."

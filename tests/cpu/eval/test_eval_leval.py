@@ -97,6 +97,8 @@ def test_sets_of_letters(letters):
     for text in ("".join(written), "".join(f"{letter}. x\n" for letter in written)):
         assert letter_set(text) == "".join(written)
         assert free_letters(text) == "".join(written)
+    assert free_letters("".join(written) + ".") == "".join(written)
+    assert free_letters(f"The answer is {''.join(written)}.") == "".join(written)
     assert free_letters(", ".join(written)) == "".join(written)
     assert free_letters(" and ".join(written)) == "".join(written)
 
