@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import tarfile
 import urllib.error
@@ -165,13 +166,22 @@ def _check_optional(
             )
 
 
+def _cells(path: Path, text: str) -> list[list[str]]:
+    """The rows that are not empty."""
+    try:
+        return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise DataError(f"{path} is no table ({error}): repair or fetch the file.") from error
+
+
 def read_csv(path: Path, columns: Sequence[str], header: bool) -> list[dict[str, str]]:
     """Rows as dicts. Without a header the columns are given in order; with one, looked up."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): check the path.") from error
-    table = list(csv.reader(text.splitlines(keepends=True)))
+    # Not splitlines: a cell may hold other line separators than "\n".
+    table = _cells(path, text)
     names = table.pop(0) if header and table else list(columns)
     missing = [column for column in columns if column not in names]
     if missing:

@@ -10,6 +10,7 @@ import numpy as np
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _RESAMPLES = 2000
+_FEWEST = 5  # values of a stratum that can be resampled
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ def wilson(successes: float, n: int) -> Interval:
 
 
 def bootstrap(strata: Sequence[Sequence[float]]) -> Interval:
-    """Percentile bootstrap of the mean of the strata's means; a fixed seed, 2,000 resamples."""
+    """Percentile bootstrap of the mean of the strata's means; a fixed seed, 2,000 resamples.
+
+    Where resampling would show no spread, because a stratum has few values or all are equal:
+    Wilson's interval of that mean, as of a share of all values, which is rather too wide.
+    """
     generator = np.random.default_rng(0)
     total = np.zeros(_RESAMPLES)
     filled = [np.asarray(stratum, dtype=float) for stratum in strata if len(stratum)]
     if not filled:
         return Interval(0.0, 100.0, "bootstrap")
+    every = np.concatenate(filled)
+    if min(map(len, filled)) < _FEWEST or every.min() == every.max():
+        mean = sum(float(values.mean()) for values in filled) / len(filled)
+        found = wilson(mean * len(every), len(every))
+        return Interval(found.low, found.high, "Wilson over the questions")
     for values in filled:
         draws = generator.integers(0, len(values), (_RESAMPLES, len(values)))
         total += values[draws].mean(axis=1)

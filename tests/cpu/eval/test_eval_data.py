@@ -123,6 +123,15 @@ def test_tables(tmp_path):
         read_csv(tmp_path / "none.csv", ("q",), header=True)
 
 
+def test_cells_with_any_separator_and_empty_lines(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("q,a\n\nx\u2028y\x85z\x0c,1\n\n\n")
+    assert read_csv(path, ("q", "a"), header=True) == [{"q": "x\u2028y\x85z\x0c", "a": "1"}]
+    path.write_text("q\n" + "x" * 200_000 + "\n")
+    with pytest.raises(DataError, match="is no table"):
+        read_csv(path, ("q",), header=True)
+
+
 def test_what_is_not_published_says_so():
     with pytest.raises(DataError, match=r"not published.*by hand"):
         data.Source("own", "by hand.").fetch()

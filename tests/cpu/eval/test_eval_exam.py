@@ -101,7 +101,7 @@ def test_ceval_averages_over_subjects(ceval, tmp_path):
     summary = run_task(task, Mock(lambda _: "答案是A。"), RunFolder(tmp_path / "run", {}))
     assert summary.score == 25  # (0 + 50) / 2, not 2 / 6
     assert summary.parts == {"Humanities": 25, "logic": 0, "law": 50}
-    assert summary.interval.method == "bootstrap"
+    assert summary.interval.method == "Wilson over the questions"  # two subjects of few
 
 
 def test_ceval_test_set_becomes_a_submission(ceval, tmp_path):

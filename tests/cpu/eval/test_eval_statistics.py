@@ -40,6 +40,18 @@ def test_bootstrap_surrounds_the_mean_and_repeats_itself():
     assert bootstrap([]).method == "bootstrap"
 
 
+@pytest.mark.parametrize(
+    "strata",
+    [[[1], [0], [1, 1, 0]], [[1] * 6, [1] * 7], [[0.25] * 20], [[0] * 9], [[0.5]], [[1], [0] * 9]],
+)
+def test_where_nothing_can_be_resampled_the_interval_has_a_width(strata):
+    interval = bootstrap(strata)
+    mean = 100 * sum(sum(values) / len(values) for values in strata) / len(strata)
+    assert interval.method == "Wilson over the questions"
+    assert 0 <= interval.low <= mean <= interval.high <= 100
+    assert interval.high - interval.low > 15
+
+
 def test_the_bootstrap_of_shares_is_near_wilson():
     scores = [1.0] * 300 + [0.0] * 200
     assert mean_interval(scores).method == "Wilson"
