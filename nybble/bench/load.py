@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -72,8 +73,12 @@ class _FailedError(Exception):
 
 def base_url(url: str) -> str:
     """The address that ends in /v1, which may be left out where there is no other path."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        sound = False
+    if not sound or not url.isprintable() or " " in url:
         raise ConfigError(f"URL is {url!r}: give one such as http://127.0.0.1:8000/v1.")
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
@@ -82,12 +87,21 @@ def first_model(url: str, api_key: str | None) -> str:
     """The model that the endpoint names first."""
     try:
         answer = httpx2.get(f"{url}/models", headers=_headers(api_key), timeout=30)
-        answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
-    except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+    except httpx2.HTTPError as error:
         raise ConfigError(
-            f"{url}/models names no model ({error}): check that the server runs and the address "
-            "ends in /v1, and give --api-key or --model."
+            f"{url} does not answer ({_kind(error)}): check that the server runs, and the address."
+        ) from error
+    if answer.status_code != 200:
+        raise ConfigError(
+            f"{url}/models answered {answer.status_code} ({_said(answer.content)}): check that the "
+            "address ends in /v1, and give --api-key or --model."
+        )
+    try:
+        return str(answer.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{url}/models names no model ({_said(answer.content)}): check that the address ends "
+            "in /v1, and give --model."
         ) from error
 
 
@@ -158,8 +172,10 @@ class Load:
         url, body = f"{self._target.url}/chat/completions", self._target.body(job)
         async with client.stream("POST", url, json=body) as response:
             if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                raise _FailedError(f"HTTP {response.status_code}", text[:300])
+                said = _said(await response.aread())
+                raise _FailedError(f"HTTP {response.status_code}", said)
+            if "text/event-stream" not in response.headers.get("content-type", ""):
+                raise _FailedError("no stream", _said(await response.aread()))
             ended = False
             async for event in httpx2.EventSource(response):
                 if event.data == "[DONE]":
@@ -175,7 +191,7 @@ class Load:
     def _read(self, chunk: dict[str, Any], shot: Shot) -> bool:
         """Whether the answer ends with this chunk."""
         if "error" in chunk:
-            raise _FailedError("error event", str(chunk["error"])[:300])
+            raise _FailedError("error event", _message(chunk)[:300])
         choices = chunk["choices"]
         if any(choice["delta"].get(part) for choice in choices for part in _PARTS):
             shot.tokens_at.append(self._now())
@@ -183,6 +199,20 @@ class Load:
             shot.prompt_tokens = int(usage["prompt_tokens"])
             shot.new_tokens = int(usage["completion_tokens"])
         return any(choice.get("finish_reason") for choice in choices)
+
+
+def _said(body: bytes) -> str:
+    """What a server says: the message of its error, or the beginning of whatever it sent."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError, LookupError, TypeError):
+        text = _message(json.loads(text))
+    return " ".join(text.split())[:300] or "an empty answer"
+
+
+def _message(answer: Any) -> str:
+    """Of OpenAI's {"error": {"message": text}}, or of {"error": text}."""
+    error = answer["error"]
+    return str(error["message"] if isinstance(error, dict) and "message" in error else error)
 
 
 def _kind(error: httpx2.HTTPError) -> str:
@@ -197,4 +227,6 @@ def _kind(error: httpx2.HTTPError) -> str:
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("--api-key is no key: it has characters that no header can hold.")
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nybble.bench.speed import Row, Run
 
@@ -66,12 +67,13 @@ def plot(run: Run, path: Path) -> None:
     axes.set_title(f"{run.model} on {run.device}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if single:
+        axes.legend()
     figure.savefig(path, dpi=130)
 
 
-def _curve(axes: object, rows: Sequence[Row], label: str) -> None:
+def _curve(axes: Any, rows: Sequence[Row], label: str) -> None:
     contexts = [row.context for row in rows]
-    line = axes.plot(contexts, [row.decode_rate for row in rows], "o-", label=label)[0]  # type: ignore[attr-defined]
+    line = axes.plot(contexts, [row.decode_rate for row in rows], "o-", label=label)[0]
     floor = [row.floor_rate for row in rows]
-    axes.plot(contexts, floor, "_--", ms=12, color=line.get_color(), label=f"{label}: floor")  # type: ignore[attr-defined]
+    axes.plot(contexts, floor, "_--", ms=12, color=line.get_color(), label=f"{label}: floor")

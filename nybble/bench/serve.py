@@ -133,11 +133,8 @@ def markdown(report: Report) -> str:
         f"{report.finished:,} of {report.requests:,} requests finished in {report.seconds:.1f} s, "
         f"at most {report.most_in_flight:,} at a time: {report.request_rate:.2f} requests/s, "
         f"{report.prompt_rate:,.0f} prompt tokens/s, {report.token_rate:,.0f} new tokens/s.",
-        "",
-        "| milliseconds | mean | 50 % | 90 % | 99 % |",
-        "|---|---:|---:|---:|---:|",
     ]
-    lines += [
+    spreads = [
         f"| {title} | {_row(spread)} |"
         for title, spread in (
             ("to the first token", report.first_token),
@@ -146,6 +143,9 @@ def markdown(report: Report) -> str:
         )
         if spread is not None
     ]
+    if spreads:
+        head = ["", "| milliseconds | mean | 50 % | 90 % | 99 % |", "|---|---:|---:|---:|---:|"]
+        lines += head + spreads
     if report.failures:
         lines += ["", "| failed | requests | the first was told |", "|---|---:|---|"]
         lines += [
@@ -203,10 +203,13 @@ def _draw_spread(axes: Any, good: Sequence[Shot]) -> None:
     axes.set_ylabel("% that took no longer")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if good:
+        axes.legend()
 
 
 def _draw_course(axes: Any, shots: Sequence[Shot]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     times, counts = zip(*in_flight(shots), strict=True)
     axes.step(times, counts, where="post", color="#2b6cb0", label="requests in flight")
     failed = [shot for shot in shots if shot.error is not None]
@@ -216,5 +219,6 @@ def _draw_course(axes: Any, shots: Sequence[Shot]) -> None:
     axes.set_xlabel("seconds since the beginning")
     axes.set_ylabel("requests in flight")
     axes.set_ylim(bottom=-0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

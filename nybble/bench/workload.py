@@ -61,16 +61,19 @@ def read_jobs(path: Path, random: Random) -> list[Job]:
 
     A row is {"prompt": text} or {"messages": [...]} or {"prompt_tokens": number}, each with
     "output_tokens"; or ShareGPT's {"conversations": [{"value": ...}, {"value": ...}]}, whose
-    answer is taken as a token for every four characters. ConfigError names a bad row.
+    answer is taken as a token for every four characters; of those, what does not begin with a
+    person and an answer is left out, as is usual. ConfigError names a bad row.
     """
     try:
         rows = _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give JSON Lines.") from error
-    jobs = [_job(row, f"{path}, row {number}", random) for number, row in enumerate(rows, 1)]
-    if not jobs:
+    if not rows:
         raise ConfigError(f"{path} has no rows: write one JSON object a line.")
-    return jobs
+    found = (_job(row, f"{path}, row {number}", random) for number, row in enumerate(rows, 1))
+    if jobs := [job for job in found if job is not None]:
+        return jobs
+    raise ConfigError(f"{path} has no chat that begins with a question and an answer: {_FORMS}.")
 
 
 def take(jobs: Iterator[Job] | list[Job], count: int) -> list[Job]:
@@ -84,7 +87,7 @@ def _parse(text: str) -> list[Any]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _job(row: object, where: str, random: Random) -> Job:
+def _job(row: object, where: str, random: Random) -> Job | None:
     if not isinstance(row, dict):
         raise ConfigError(f"{where} is no JSON object: {_FORMS}.")
     if "conversations" in row:
@@ -100,13 +103,14 @@ def _job(row: object, where: str, random: Random) -> Job:
 _FORMS = 'write {"prompt": "Hi", "output_tokens": 64} or {"prompt_tokens": 128, ...}'
 
 
-def _shared_chat(row: dict[str, Any], where: str) -> Job:
-    try:
-        prompt, answer = (str(turn["value"]) for turn in row["conversations"][:2])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{where} has no two turns with a value: leave it out of the file."
-        ) from error
+def _shared_chat(row: dict[str, Any], where: str) -> Job | None:
+    """None where fewer than two turns are left of a chat, or an answer comes first."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ConfigError(f"{where}: conversations is no list of turns; leave it out of the file.")
+    prompt, answer = ([turn.get("value") for turn in turns] + [None] * 2)[:2]
+    if not isinstance(prompt, str) or not isinstance(answer, str) or turns[0].get("from") == "gpt":
+        return None
     return Job(_chat(prompt), max(len(answer) // _CHARACTERS_A_TOKEN, 1))
 
 

@@ -43,6 +43,8 @@ class Rows:
     def plans(self) -> list[Plan]:
         from nybble.bench.speed import Plan
 
+        if self.kv_dtype not in _CACHES:
+            raise ConfigError(f"--kv-dtype is {self.kv_dtype!r}: use {', '.join(_CACHES)}.")
         if self.row:
             return [Plan(*_row(text)) for text in self.row]
         return [
@@ -151,8 +153,10 @@ def _row(text: str) -> tuple[int, int, str]:
     parts = text.split(":")
     if len(parts) != 3 or parts[2] not in _CACHES:
         raise ConfigError(f"--row is {text!r}: give context, batch and cache, as in 6144:1:int8.")
-    context, batch = (_numbers("row", part)[0] for part in parts[:2])
-    return context, batch, parts[2]
+    context, batch = (_numbers("row", part) for part in parts[:2])
+    if len(context) > 1 or len(batch) > 1:
+        raise ConfigError(f"--row is {text!r}: give one context and one batch, --row once more.")
+    return context[0], batch[0], parts[2]
 
 
 def _numbers(name: str, text: str) -> list[int]:

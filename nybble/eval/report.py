@@ -18,8 +18,8 @@ from nybble.eval.tasks import needle
 _SPOKES = {**card.QUANTIZATION_COLUMNS, "ceval": "C-Eval", "leval": "L-Eval"}
 _RADAR_MODELS = ("Qwen-72B-Chat", "ChatGPT3.5", "ChatGPT4", "LLaMA2-70B-Chat")
 _NOTE = (
-    "Intervals are 95 %: Wilson's for shares of right answers, a bootstrap where scores are "
-    "averaged over subjects or lie between right and wrong, and are many enough. The card's figures have none, and one "
+    "Intervals are 95 %: Wilson's for shares of right answers, a bootstrap where many scores are "
+    "averaged over subjects or lie between right and wrong. The card's figures have none, and one "
     "HumanEval problem is 0.6 points."
 )
 

@@ -39,21 +39,25 @@ SHAPES = (  # (K, N) of one layer
 )
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """The median of several runs, after one to warm up."""
+def times(run: Callable[[], object]) -> list[float]:
+    """Seconds of several runs, after one to warm up."""
     run()
-    times = []
+    found = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
-    return median(times)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def seconds(run: Callable[[], object]) -> float:
+    return median(times(run))
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of summing 512 MB: more than any cache holds."""
+    """Bytes a second of summing 512 MB, more than any cache holds: the best run, for a ceiling."""
     data = torch.ones(2**27)
-    return data.numel() * 4 / seconds(data.sum)
+    return data.numel() * 4 / min(times(data.sum))
 
 
 def random_matrix(inputs: int, outputs: int, bits: int = 4) -> QuantMatrix:

@@ -53,6 +53,9 @@ class FakeServer:
 
     async def answer(self, send, body):
         model = body["model"]
+        if model == "plain":
+            await self.plain(send, 200, {"choices": []})
+            return
         if model.isdigit():
             await self.plain(send, int(model), {"error": {"message": "no | luck"}})
             return
@@ -198,6 +201,7 @@ def test_options_that_only_some_servers_know_are_sent_on_request(url, fake):
         ("open-ended", "cut off", "without a finish_reason"),
         ("garbage", "no chunk", "surprise"),
         ("sorry", "error event", "out of memory"),
+        ("plain", "no stream", '{"choices": []}'),
         ("stuck", "timeout", ""),
     ],
 )
@@ -218,14 +222,32 @@ def test_what_goes_wrong_is_counted_by_kind(model, kind, says, url):
 def test_no_server_at_all():
     (shot,) = Load(Target("http://127.0.0.1:9/v1", "m"), jobs(1)).closed_loop(1)
     assert shot.error == "no connection"
-    with pytest.raises(ConfigError, match="check that the server runs"):
+    with pytest.raises(ConfigError, match=r"\(no connection\): check that the server runs"):
         first_model("http://127.0.0.1:9/v1", None)
+
+
+@pytest.mark.parametrize("key", ["ключ", "a\nb"])
+def test_a_key_that_is_none(key):
+    with pytest.raises(ConfigError, match="--api-key is no key"):
+        first_model("http://127.0.0.1:9/v1", key)
+
+
+def test_a_server_without_models_says_why(fake, url, monkeypatch):
+    async def refuse(send, status, data):
+        await FakeServer.plain(fake, send, 401, {"error": {"message": "Wrong key."}})
+
+    monkeypatch.setattr(fake, "plain", refuse)
+    with pytest.raises(ConfigError, match=r"/models answered 401 \(Wrong key\.\): .*--api-key"):
+        first_model(url, None)
 
 
 def test_addresses(url):
     assert base_url("http://localhost:8000") == "http://localhost:8000/v1"
     assert base_url("https://host/api/v1/") == "https://host/api/v1"
-    for wrong in ("localhost:8000", "ftp://host", "http://", "/v1"):
+    for wrong in (
+        *("localhost:8000", "ftp://host", "http://", "/v1"),
+        *("http://localhost:99999", "http://localhost:x", "http://[::1/v1", "http://a b/v1"),
+    ):
         with pytest.raises(ConfigError, match="URL is"):
             base_url(wrong)
     assert first_model(url, None) == "good"
@@ -271,7 +293,9 @@ def test_files(tmp_path):
     assert take([first, second], 5) == [first, second, first, second, first]
     shared = tmp_path / "sharegpt.json"
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because." * 10}]
-    shared.write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    halves = [turns[::-1], turns[:1], []]
+    rows = [{"id": "1", "conversations": chat} for chat in (*halves, turns)]
+    shared.write_text(json.dumps(rows))
     (only,) = read_jobs(shared, Random(0))
     assert (only.messages[0]["content"], only.max_tokens) == ("Why?", 20)
 
@@ -285,7 +309,9 @@ def test_files(tmp_path):
         ('{"prompt": "a"}', "row 1: output_tokens is None"),
         ('{"prompt": "a", "output_tokens": 1}\n{"output_tokens": 0}', "row 2: output_tokens is 0"),
         ('{"output_tokens": 5}', "row 1: prompt_tokens is None"),
-        ('[{"conversations": [{"value": "a"}]}]', "row 1 has no two turns"),
+        ('[{"conversations": [{"value": "a"}]}]', "no chat that begins with a question"),
+        ('[{"conversations": [], "id": 1}]', "no chat that begins with a question"),
+        ('[{"conversations": "a"}]', "row 1: conversations is no list"),
     ],
 )
 def test_bad_files_are_refused_by_row(text, says, tmp_path):
@@ -337,7 +363,12 @@ def test_a_report_is_written_as_table_json_and_picture(tmp_path):
 def test_a_report_of_failures_alone():
     report = summarise({}, SHOTS[2:])
     assert report.first_token is None
-    assert "to the first token" not in markdown(report)
+    assert "milliseconds" not in markdown(report)
+
+
+def test_a_picture_of_failures_alone_warns_of_nothing(tmp_path, recwarn):
+    write(summarise({}, SHOTS[2:]), SHOTS[2:], tmp_path)
+    assert not recwarn.list
 
 
 # -- the command ---------------------------------------------------------------------------------

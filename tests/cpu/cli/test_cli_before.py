@@ -62,3 +62,17 @@ def test_a_folder_that_cannot_be_made_is_said_first(monkeypatch, tmp_path, argum
     result = CliRunner().invoke(app.app, arguments)
     assert result.exit_code == 1
     assert "The folder file/new cannot be made (Not a directory)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kv-dtype", "bogus"], "--kv-dtype is 'bogus'"),
+        (["--row", "1,6144:1:int8"], "give one context and one batch"),
+        (["--row", "1:1:bogus"], "--row is '1:1:bogus'"),
+    ],
+)
+def test_rows_that_are_none(options, says):
+    result = CliRunner().invoke(app.app, ["bench", "speed", *options])
+    assert result.exit_code == 1
+    assert says in result.stderr
