@@ -69,7 +69,7 @@ def nybble(
         sys.excepthook = sys.__excepthook__
 
 
-@app.command(epilog=SAMPLING_DEFAULTS)
+@app.command(epilog=SAMPLING_DEFAULTS, short_help="Chat with a model: one answer, or a session.")
 @expand_options
 def chat(
     model: Model = "demo",
@@ -90,7 +90,7 @@ def chat(
     run(model, prompt, system, sampling, running, quiet)
 
 
-@app.command(epilog=SAMPLING_DEFAULTS)
+@app.command(epilog=SAMPLING_DEFAULTS, short_help="Continue a text, or answer a file of prompts.")
 @expand_options
 def generate(
     model: Model = "demo",
@@ -190,7 +190,7 @@ def quantize(
     run(source, target, form, calibration, work, as_json)
 
 
-@app.command()
+@app.command(short_help="Measure how well a model predicts a text.")
 @expand_options
 def perplexity(
     model: Model, text: Text, window: Window = 1024, as_json: AsJson = False, *, running: Measured
@@ -201,7 +201,7 @@ def perplexity(
     perplexity(model, text, window, running, as_json)
 
 
-@app.command()
+@app.command(short_help="Measure what quantising cost.")
 @expand_options
 def compare(
     base: Model,

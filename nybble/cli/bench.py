@@ -54,7 +54,7 @@ class Rows:
         ]
 
 
-@commands.command()
+@commands.command(short_help="The card's speed and memory table for this GPU.")
 @expand_options
 def speed(
     shape: Annotated[
@@ -108,7 +108,7 @@ def serve(
     run(url, endpoint, traffic, work, out, as_json)
 
 
-@commands.command()
+@commands.command(short_help="Each kernel's time, beside what the machine could do.")
 def kernels(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,

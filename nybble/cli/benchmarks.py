@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from nybble.eval.task import Settings, Summary, Task
 
 
+_FEW = 10  # parts of a score that are printed
+
+
 def run(name: str, model: str, what: What, how: How, running: Running, as_json: bool) -> None:
     """Run one benchmark or a group. What can be refused is, before a model is loaded."""
     from nybble.eval.runner import RunFolder, run_task
@@ -180,3 +183,6 @@ def show(summaries: dict[str, Summary], as_json: bool, single: bool) -> None:
             f"{name}: {summary.score:.2f} (95 % {found.low:.1f} to {found.high:.1f}, "
             f"{found.method}, n = {summary.n})\n"
         )
+        if len(summary.parts) <= _FEW:  # those of an exam are dozens of subjects
+            for part, value in summary.parts.items():
+                console.write(f"  {part}: {value:.2f}\n")

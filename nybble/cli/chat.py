@@ -58,7 +58,7 @@ class Chat:
     """A conversation with a loaded model.
 
     interactive: a person sits there, so an error is shown and the session goes on; the messages
-    of a pipe end at the first error, which is raised.
+    of a pipe end at the first error or Ctrl-C, which is raised.
     """
 
     def __init__(
@@ -154,10 +154,12 @@ class Chat:
             if name in self.commands:
                 self.commands[name](argument.strip())
             elif name.startswith("/") and name[1:].isalpha():
-                console.error(f"There is no command {name}: /help shows them.")
+                raise RequestError(f"There is no command {name}: /help shows them.")
             elif text.strip():
                 self.answer(text)
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             console.note("\nStopped.")
         except NybbleError as error:
             if not self.interactive:

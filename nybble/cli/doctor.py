@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,13 @@ def _compiler() -> str | None:
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes in a folder; a file that vanishes meanwhile counts as it was listed."""
-    return sum(
-        os.lstat(Path(root) / name).st_size for root, _, names in os.walk(folder) for name in names
-    )
+    """Bytes in a folder, less the files that vanish meanwhile."""
+    found = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.lstat(Path(root) / name).st_size
+    return found
 
 
 def _kernels() -> dict[str, Any] | None:
@@ -96,6 +100,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             "There is no C compiler, and without it the CPU is slower: install one, for example "
             "with `apt-get install gcc`, or name it in CC."
         )
+    elif facts["kernels"] is not None:
+        advice += [f"Faster kernels do not run. {why}" for why in facts["kernels"]["refused"]]
     if facts["kernels"] is None:
         advice.append("No kernels run here: install nybble again, into a fresh environment.")
     if not facts["demo"]:

@@ -22,7 +22,7 @@ commands = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 # Name and help of each command that runs benchmarks.
 _RUNS = {
-    "all": "Run every benchmark whose data is at hand.",
+    "all": "Run every benchmark whose data is found or can be downloaded.",
     "ceval": "C-Eval: 52 subjects in Chinese.",
     "mmlu": "MMLU: 57 subjects in English.",
     "humaneval": "HumanEval: 164 Python functions; their tests run in a sandbox.",
@@ -34,8 +34,8 @@ _RUNS = {
 _PROTOCOLS = ("card", "modern")
 
 
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, show_default=False)
+def _option(help_text: str, *names: str, default: bool | str = False) -> Any:
+    return typer.Option(*names, help=help_text, show_default=default)
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,26 @@ class What:
 
     data: Annotated[Path | None, _option("Folder of the published files; else downloaded.")] = None
     protocol: Annotated[
-        str, _option("card: as the model card's numbers were made; modern: as is done today.")
+        str,
+        _option(
+            "card: as the model card's numbers were made; modern: as is done today.", default=True
+        ),
     ] = "card"
     base: Annotated[bool, _option("The model is no chat model.", "--base")] = False
     shots: Annotated[int, _option("Worked examples before each question.")] = 0
-    samples: Annotated[int, _option("Answers to each question, for pass@k.")] = 1
+    samples: Annotated[int, _option("Answers to each question, for pass@k.", default=True)] = 1
     split: Annotated[str, _option("Another part of the data: val or test.")] = ""
     subjects: Annotated[str, _option("Subjects or categories, with commas.")] = ""
     limit: Annotated[int | None, _option("At most so many questions a benchmark.")] = None
-    lengths: Annotated[str, _option("Of the haystack, in tokens, with commas.")] = ""
-    depths: Annotated[str, _option("Of the needle, in per cent, with commas.")] = ""
+    lengths: Annotated[
+        str,
+        _option(
+            "Of the haystack, in tokens, with commas.", default="1000 to 32000, as far as fits"
+        ),
+    ] = ""
+    depths: Annotated[
+        str, _option("Of the needle, in per cent, with commas.", default="0 to 100, ten")
+    ] = ""
     run_code_unsafely: Annotated[
         bool, _option("Run a model's code even where it cannot be isolated.", "--run-code-unsafely")
     ] = False
@@ -91,9 +101,14 @@ class What:
 class How:
     """Who answers, and where the answers go."""
 
-    out: Annotated[Path | None, _option("Folder of the run; the same one resumes it.")] = None
+    out: Annotated[
+        Path | None,
+        _option(
+            "Folder of the run; the same one resumes it.", default="eval-runs/MODEL-PROTOCOL-SHOTS"
+        ),
+    ] = None
     endpoint: Annotated[str, _option("Ask an OpenAI-compatible server: http://.../v1.")] = ""
-    batch: Annotated[int, _option("Questions asked at a time.")] = 8
+    batch: Annotated[int, _option("Questions asked at a time.", default=True)] = 8
     temperature: Annotated[float, _option("0, the default, is greedy.")] = 0.0
     top_p: Annotated[float, _option("Sample from this probability mass.")] = 1.0
     seed: Annotated[int, _option("Of the samples.")] = 0
@@ -131,7 +146,7 @@ for _name, _help in _RUNS.items():
     _register(_name, _help)
 
 
-@commands.command()
+@commands.command(short_help="Score answers of another system, or an earlier run.")
 @expand_options
 def score(
     task: Annotated[str, typer.Argument(help="gsm8k, mmlu, leval-coursera, ...")],

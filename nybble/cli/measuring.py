@@ -24,6 +24,7 @@ def perplexity(model: str, text: Path, window: int, running: Running, as_json: b
     from nybble import measure
     from nybble.gptq.calibrate import read_text
 
+    _check_window(window, running)
     content = read_text(text)
     llm = load(model, running, quiet=as_json)
     with console.ProgressBar() as progress:
@@ -46,6 +47,7 @@ def compare(
     from nybble import measure
     from nybble.gptq.calibrate import read_text
 
+    _check_window(window, running)
     content = read_text(text)
     if plot is not None:
         require("--plot", "eval", "matplotlib")
@@ -60,6 +62,14 @@ def compare(
     typer.echo(json.dumps(found.to_json()) if as_json else _page(found, base, quant))
     if plot is not None:
         _plot(found, plot)
+
+
+def _check_window(window: int, running: Running) -> None:
+    if running.max_context is not None and window > running.max_context:
+        raise ConfigError(
+            f"--window is {window} and --max-context {running.max_context}: a window is read "
+            "whole, so make it the smaller one."
+        )
 
 
 def _page(found: Comparison, base: str, quant: str) -> str:

@@ -73,7 +73,7 @@ class Work:
     correct: Annotated[
         bool, typer.Option(help="Repair in each linear what those before it lost.")
     ] = True
-    sweeps: Annotated[int, typer.Option(help="Rounds of refinement after GPTQ.")] = 2
+    sweeps: Annotated[int, typer.Option(min=0, help="Rounds of refinement after GPTQ.")] = 2
 
 
 def run(

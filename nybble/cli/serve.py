@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import webbrowser
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ class Listening:
             port=self.port,
             api_key=self.api_key,
             allow_public=self.allow_public,
-            cors_origins=tuple(self.cors_origin or ()),
+            cors_origins=tuple(map(_origin, self.cors_origin or ())),
             max_waiting=self.max_waiting,
             max_body=self.max_body,
             request_seconds=self.request_seconds,
@@ -118,6 +119,16 @@ def run(model: str, running: Batching, listening: Listening, open_page: bool, qu
 
     with nullcontext() if quiet else _log_of_requests():
         server.run(lambda: _load(model, running, quiet), settings, Metrics(), announce)
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it: anything else would never be equal to one."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", text):
+        raise ConfigError(
+            f"--cors-origin is {text!r}: give scheme and host without a path, as in "
+            "https://example.org, or * for all."
+        )
+    return text
 
 
 def _load(model: str, running: Batching, quiet: bool) -> LLM:

@@ -76,3 +76,38 @@ def test_rows_that_are_none(options, says):
     result = CliRunner().invoke(app.app, ["bench", "speed", *options])
     assert result.exit_code == 1
     assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["perplexity", "no"], "--window is 128 and --max-context 8"),
+        (["compare", "no", "no"], "--window is 128 and --max-context 8"),
+    ],
+)
+def test_windows_longer_than_the_context(tmp_path, command, says):
+    (tmp_path / "text").write_text("some text")
+    options = ["--text", str(tmp_path / "text"), "--window", "128", "--max-context", "8"]
+    result = CliRunner().invoke(app.app, [*command, *options])
+    assert result.exit_code == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize("origin", ["https://example.org/page", "https://example.org/", "foo"])
+def test_origins_that_no_browser_sends(origin):
+    result = CliRunner().invoke(app.app, ["serve", "demo", "--cors-origin", origin])
+    assert result.exit_code == 1
+    assert f"--cors-origin is {origin!r}" in result.stderr
+
+
+def test_no_fewer_sweeps_than_none(tmp_path):
+    result = CliRunner().invoke(app.app, ["quantize", "no", str(tmp_path), "--sweeps", "-1"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("group", [[], ["eval"], ["bench"]])
+def test_the_lists_of_commands_are_not_cut(monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app.app, [*group, "--help"], terminal_width=80)
+    assert "Commands:" in result.stdout
+    assert "..." not in result.stdout.partition("Commands:")[2]

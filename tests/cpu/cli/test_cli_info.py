@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,25 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     advice = " ".join(facts["advice"])
     assert "C compiler" in advice
     assert "nybble pull demo" in advice
+
+
+def test_doctor_says_why_faster_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = SimpleNamespace(refused=("cpu: its compiler fails: repair it.",))
+    backend = SimpleNamespace(name="torch")
+    monkeypatch.setattr(doctor, "choose_backend", lambda device: (backend, choice))
+    result = run("doctor")
+    assert "Faster kernels do not run. cpu: its compiler fails: repair it." in result.stdout
+    assert "Nothing is missing" not in result.stdout
+
+
+def test_doctor_overlooks_files_that_vanish(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "nybble.cli.doctor.os.walk", lambda folder: [(str(folder), [], ["gone", "there"])]
+    )
+    (tmp_path / "there").write_text("123")
+    assert doctor._folder_bytes(tmp_path) == 3
 
 
 def test_doctor_fails_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,21 @@ def test_a_pipe_ends_at_its_first_error() -> None:
     with pytest.raises(RequestError, match="poison"):
         session(llm, "one", "poison", "two", interactive=False)
     assert len(llm.prompts) == 1
+    with pytest.raises(RequestError, match="no command /clera"):
+        session(llm, "/clera", "two", interactive=False)
+    assert len(llm.prompts) == 1
+
+
+def test_a_pipe_ends_with_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLLM()
+
+    def write(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nybble.cli.console.write", write)
+    with pytest.raises(KeyboardInterrupt):
+        session(llm, "one", "two", interactive=False)
+    assert len(llm.prompts) == 1
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so(capsys: Captured) -> None:

@@ -172,7 +172,24 @@ def test_all_leaves_out_what_has_no_data(model, gsm8k, monkeypatch):
 def test_the_needle_without_data(model):
     result = run("needle", "demo", "--lengths", "200,300", "--depths", "0,100", "--out", "r")
     assert result.stdout.startswith("needle: 100.00")
+    assert "  300 tokens: 100.00\n" in result.stdout
     assert len(model.prompts) == 4
+
+
+def test_ctrl_c_says_that_the_rows_are_kept(model, gsm8k, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "answer", interrupt)
+    result = run("gsm8k", "demo", "--data", gsm8k, "--out", "r")
+    assert result.exit_code == 130
+    assert "What is finished is kept in r: run it again" in result.stderr
+
+
+def test_a_log_gets_a_line_now_and_then(model, gsm8k, monkeypatch):
+    monkeypatch.setattr("nybble.cli.benchmarks._Shown._EVERY", 0.0)
+    result = run("gsm8k", "demo", "--data", gsm8k, "--batch", 2, "--out", "r")
+    assert "gsm8k: 2 of 6\n" in result.stderr
 
 
 @pytest.mark.parametrize("subjects", ["gsm100", " gsm100 ,"])
