@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.cli import console
 from nybble.cli.extras import require
-from nybble.cli.folders import is_folder, make_folder
+from nybble.cli.folders import make_folder
 from nybble.errors import ConfigError, NybbleError
+from nybble.paths import local_folder
 
 if TYPE_CHECKING:
     from nybble.cli.evaluate import How, What
@@ -165,7 +166,8 @@ def _about(model: str, what: What, how: How, running: Running) -> dict[str, Any]
 
 
 def _default_folder(model: str, what: What) -> Path:
-    name = Path(model).expanduser().resolve().name if is_folder(model) else Path(model).name
+    folder = local_folder(model)
+    name = Path(model).name if folder is None else folder.resolve().name
     parts = [name or "model", what.protocol, *(["base"] if what.base else [])]
     parts += [f"{what.shots}shot", *([what.split] if what.split else [])]
     return Path("eval-runs") / "-".join(parts)

@@ -8,14 +8,6 @@ from pathlib import Path
 from nybble.errors import ConfigError
 
 
-def is_folder(name: str) -> bool:
-    """Whether a folder has this name; False for what no path can be: too long, NUL, ~nobody."""
-    try:
-        return Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):
-        return False
-
-
 def expanded(option: str, path: Path) -> Path:
     """The path with its ~ replaced: ConfigError where nobody has that name."""
     try:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
-from nybble.cli.folders import is_folder
+from nybble.paths import local_folder
 from nybble.sampling import SamplingParams
 
 TOY = Path(__file__).parents[2] / "data" / "qwen1-plain"
@@ -173,7 +173,7 @@ def test_what_can_be_no_path_is_no_folder(name: str) -> None:
     result = run("chat", name)
     assert result.exit_code == 2
     assert "the model comes first" in result.stderr
-    assert not is_folder(name)
+    assert local_folder(name) is None
 
 
 def test_a_file_that_cannot_be_written_is_no_bug(llm: FakeLLM, tmp_path: Path) -> None:
