@@ -56,7 +56,8 @@ Begin!
 
 Question: {question}"""
 _KNOWN = "I now know the final answer."
-_HEAD = re.compile(r"[ \t]*(?P<name>[^\n]*?)[ \t]*\nAction Input:\s*(?=\{)")
+# The name with the space around it: to strip that here as well would try every split of it.
+_HEAD = re.compile(r"(?P<name>[^\n]*)\nAction Input:\s*(?=\{)")
 # What a forced call may think before it acts: one line.
 _MOST_THOUGHT = 300
 
@@ -268,13 +269,14 @@ class ReActParser:
         head = _HEAD.match(self._buffer)
         if head is None:
             return None if self._may_be_head() else self._no_action()
-        if head["name"] not in self._names:
+        name = head["name"].strip(" \t")
+        if name not in self._names:
             return self._no_action()
         thought = [TextDelta(self._thought)] if self._thought else []
         self._call = OpenCall(0, f"{self._action}{head[0]}")
         self._thought, self._action, self._step = "", "", self._in_arguments
         self._buffer = self._buffer[head.end() :]
-        return [*thought, CallDelta(0, head["name"])]
+        return [*thought, CallDelta(0, name)]
 
     def _may_be_head(self) -> bool:
         _, newline, rest = self._buffer.partition("\n")

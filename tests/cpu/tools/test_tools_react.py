@@ -208,6 +208,13 @@ REPLIES = {
         "",
         [("get_time", '{"a": "}\\"{", "b": {}}')],
     ),
+    "space around a name": (
+        "Action: \t get_time \t\nAction Input:\n\n {}",
+        "",
+        [("get_time", "{}")],
+    ),
+    # With a pattern that tries every split, the space would take longer than the universe has.
+    "an action of nothing but space": (f"Action:{' ' * 20_000}", f"Action:{' ' * 20_000}", []),
     "a final answer at once": ("Final Answer: 42", "42", []),
     "nothing": ("", "", []),
 }
