@@ -1,5 +1,5 @@
 """Which JSON schemas can be enforced while an answer is written. Pure Python."""
 
-from nybble.schema.check import FORMATS, MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
+from nybble.schema.check import FORMATS, MAX_DEPTH, MAX_LIMITS, MAX_SUBSCHEMAS, Budget, check_schema
 
-__all__ = ["FORMATS", "MAX_DEPTH", "MAX_SUBSCHEMAS", "check_schema"]
+__all__ = ["FORMATS", "MAX_DEPTH", "MAX_LIMITS", "MAX_SUBSCHEMAS", "Budget", "check_schema"]

@@ -17,8 +17,10 @@ from nybble.schema.pattern import check_pattern
 
 Schema = Mapping[str, Any]
 
-# What a schema may hold: a grammar's compilation takes time for each of them.
+# What a schema may hold: a grammar's compilation takes time for each of them. Most of all, and
+# for as long as each is another one, for the limits.
 MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 64, 10_000
+MAX_LIMITS = 8
 MAX_EXCLUSIVE = 50  # alternatives of a oneOf, each of which is compared with each
 MAX_MULTIPLE, MAX_INTEGER = 1_024, 2**53
 
@@ -59,6 +61,7 @@ _ANNOTATIONS = frozenset(
 )
 _BOUNDS = frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"])
 _SIZES = frozenset(["minItems", "maxItems", "minLength", "maxLength"])
+_LIMITS = (("minLength", "maxLength"), ("pattern",), ("multipleOf",))
 _KEYWORDS: dict[str, frozenset[str]] = {
     "object": frozenset(["properties", "required", "additionalProperties"]),
     "array": frozenset(["items", "prefixItems", "minItems", "maxItems"]),
@@ -73,8 +76,37 @@ _KNOWN = frozenset().union(*_KEYWORDS.values()) | {"type"}
 _ALONE = ("$ref", "anyOf", "oneOf", "allOf")
 
 
-def check_schema(schema: object) -> int:
-    """How many parts `schema` has; RequestError, naming the place, unless it can be enforced.
+class Budget:
+    """What schemas that are enforced together have of what takes time to compile."""
+
+    def __init__(self) -> None:
+        self.parts = 0
+        self.limits: set[object] = set()
+
+    def add_part(self) -> None:
+        self.parts += 1
+        if self.parts > MAX_SUBSCHEMAS:
+            raise RequestError(
+                f"There are over {MAX_SUBSCHEMAS} parts to enforce at a time: simplify the "
+                "schema, or offer fewer tools."
+            )
+
+    def add_limits(self, schema: Schema) -> None:
+        for names in _LIMITS:
+            limit = tuple((name, schema[name]) for name in names if name in schema)
+            if limit:
+                self.limits.add(limit)
+        if len(self.limits) > MAX_LIMITS:
+            raise RequestError(
+                f"There are over {MAX_LIMITS} different limits to enforce at a time (minLength, "
+                "maxLength, pattern, multipleOf): use the same for several parts, or leave some "
+                "out."
+            )
+
+
+def check_schema(schema: object, budget: Budget | None = None) -> None:
+    """RequestError, naming the place, unless `schema` can be enforced, and still has its place in
+    the budget (None: one of its own).
 
     schema: as in JSON Schema 2020-12, of which OpenAI's structured output is a part. Formats
     are kept in their shape: "date" may be 2023-02-31.
@@ -89,22 +121,17 @@ def check_schema(schema: object) -> int:
         )
     if not isinstance(schema, Mapping):
         raise RequestError(f"The schema is {schema!r}: give a JSON object.")
-    checker = _Checker(schema)
-    checker.check(schema, "schema")
-    return checker.parts
+    _Checker(schema, budget or Budget()).check(schema, "schema")
 
 
 class _Checker:
     """Walks through one schema. Each method takes a part of it and where that stands."""
 
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, budget: Budget) -> None:
         self._root = root
+        self._budget = budget
         self._seen: set[int] = set()
         self._depth = 0
-
-    @property
-    def parts(self) -> int:
-        return len(self._seen)
 
     def check(self, schema: object, where: str) -> None:
         if schema is True or id(schema) in self._seen:
@@ -112,8 +139,7 @@ class _Checker:
         if not isinstance(schema, Mapping):
             raise RequestError(f"{where} is {schema!r}, which accepts nothing: give an object.")
         self._seen.add(id(schema))
-        if self.parts > MAX_SUBSCHEMAS:
-            raise RequestError(f"The schema has over {MAX_SUBSCHEMAS} parts: simplify it.")
+        self._budget.add_part()
         if self._depth == MAX_DEPTH:
             raise RequestError(f"The schema is nested deeper than {MAX_DEPTH}: flatten it.")
         self._depth += 1
@@ -177,6 +203,7 @@ class _Checker:
             _check_bound(schema[name], "integer" in types, f"{where}/{name}")
         if "pattern" in keywords:
             check_pattern(schema["pattern"], f"{where}/pattern")
+        self._budget.add_limits(schema)
         self._check_properties(schema, where)
         self._check_items(schema, where)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 
@@ -15,6 +13,7 @@ from fastapi import Request
 from nybble.engine.loop import AsyncEngine
 from nybble.errors import UnavailableError
 from nybble.llm import LLM
+from nybble.serve.daemon import in_daemon
 from nybble.serve.errors import unavailable
 from nybble.serve.record import Metrics, RequestRecord
 from nybble.serve.service import Service
@@ -66,7 +65,7 @@ class Host:
 
     async def _start(self) -> None:
         try:
-            llm = await _in_daemon(self._load)
+            llm = await in_daemon(self._load, "nybble-loading")
             engine = AsyncEngine(llm.engine, self.settings.max_waiting)
             service = Service(
                 llm,
@@ -125,21 +124,6 @@ class Host:
                 await engine.drain()
         except TimeoutError:
             await engine.close()
-
-
-def _in_daemon(load: Loader) -> asyncio.Future[LLM]:
-    """As asyncio.to_thread, but nobody waits for the thread when the server stops meanwhile."""
-    future: Future[LLM] = Future()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()
-        try:
-            future.set_result(load())
-        except BaseException as error:  # noqa: BLE001, it is raised where the result is awaited
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="nybble-loading", daemon=True).start()
-    return asyncio.wrap_future(future)
 
 
 def host_of(request: Request) -> Host:

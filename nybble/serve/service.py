@@ -50,6 +50,7 @@ class Service:
         self.log_prompts = log_prompts
         self.tokenizer: Tokenizer = llm.tokenizer
         self.grammars = GrammarCompiler(self.tokenizer, llm.engine.eos_ids, llm.engine.vocab_size)
+        self.compiling = asyncio.Semaphore()
         self.created = int(time.time())
 
     @property

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from nybble.errors import RequestError
 from nybble.grammar import Grammar, GrammarCompiler
 from nybble.schema import check_schema
 from nybble.serve.chatfields import ResponseFormat
-from nybble.serve.errors import refused
+from nybble.serve.daemon import in_daemon
+from nybble.serve.errors import busy, refused
 from nybble.serve.protocol import ChatRequest
+from nybble.serve.service import Service
 from nybble.serve.toolcalls import ToolUse, any_object
 from nybble.tools import Layout, json_arguments
 
@@ -17,11 +20,12 @@ COMPILE_SECONDS = 30.0
 
 
 async def answer_grammar(
-    body: ChatRequest, use: ToolUse | None, resumed: bool, compiler: GrammarCompiler
+    body: ChatRequest, use: ToolUse | None, resumed: bool, service: Service
 ) -> Grammar | None:
     """What the answers to a chat must follow, None where they are free.
 
-    Made beside the event loop. ApiError 400 for what cannot be enforced, or not in time.
+    Made beside the event loop. ApiError 400 for what cannot be enforced, or not in time; 429
+    where those of other requests take all of the time.
     """
     wanted = body.response_format
     if wanted is not None and wanted.type == "text":
@@ -30,15 +34,14 @@ async def answer_grammar(
 
     def make() -> Grammar | None:
         if use is None:
-            return None if wanted is None else _json(wanted, compiler)
+            return None if wanted is None else _json(wanted, service.grammars)
         layout = use.layout(resumed=resumed, content=None if wanted is None else _content(wanted))
-        return None if layout is None else compiler.structure(layout)
+        return None if layout is None else service.grammars.structure(layout)
 
     if use is None and wanted is None:
         return None
     try:
-        async with asyncio.timeout(COMPILE_SECONDS):
-            return await asyncio.to_thread(make)
+        return await _compiled(make, service.compiling)
     except TimeoutError as error:
         raise refused(
             field,
@@ -46,6 +49,22 @@ async def answer_grammar(
         ) from error
     except RequestError as error:
         raise refused(field, str(error)) from error
+
+
+async def _compiled(
+    make: Callable[[], Grammar | None], compiling: asyncio.Semaphore
+) -> Grammar | None:
+    """One at a time: a compilation cannot be broken off, so it has its turn until it ends by
+    itself, whether or not anybody waits for it any more."""
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            await compiling.acquire()
+    except TimeoutError as error:
+        raise busy("Schemas of other requests are being prepared: try again soon.") from error
+    grammar = in_daemon(make, "nybble-grammar")
+    grammar.add_done_callback(lambda _: compiling.release())
+    async with asyncio.timeout(COMPILE_SECONDS):
+        return await asyncio.shield(grammar)
 
 
 def _json(wanted: ResponseFormat, compiler: GrammarCompiler) -> Grammar:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nybble.errors import RequestError
-from nybble.schema import MAX_SUBSCHEMAS, check_schema
+from nybble.schema import Budget, check_schema
 from nybble.serve.chatfields import FunctionTool, NamedFunction, NamedTool
 from nybble.serve.errors import refused
 from nybble.serve.protocol import ChatRequest
@@ -126,18 +126,12 @@ def _forced(
 
 
 def _check_schemas(tools: Iterable[Tool]) -> None:
-    parts = 0
+    budget = Budget()
     for tool in tools:
         try:
-            parts += check_schema(tool.schema)
+            check_schema(tool.schema, budget)
         except RequestError as error:
             raise refused("tools", f"The tool {tool.name!r}: {error}") from error
-    if parts > MAX_SUBSCHEMAS:
-        raise refused(
-            "tools",
-            f"The tools' schemas have {parts} parts, and {MAX_SUBSCHEMAS} can be enforced at a "
-            "time: offer fewer, or leave strict and tool_choice out.",
-        )
 
 
 class Speech:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nybble.errors import RequestError
-from nybble.schema import MAX_DEPTH, MAX_SUBSCHEMAS, check_schema
+from nybble.schema import MAX_DEPTH, MAX_LIMITS, MAX_SUBSCHEMAS, Budget, check_schema
 from nybble.schema.check import _KEYWORDS
 
 TEXT = {"type": "string"}
@@ -63,7 +63,7 @@ PERSON = {
     ids=str,
 )
 def test_what_can_be_enforced(schema):
-    assert check_schema(schema) >= 1
+    assert parts(schema) >= 1
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,12 @@ def test_the_docs_name_what_is_enforced():
     assert set(re.findall(r"`([^`]+)`", listed)) == alone.union(*_KEYWORDS.values())
 
 
+def parts(schema):
+    budget = Budget()
+    check_schema(schema, budget)
+    return budget.parts
+
+
 def nested(depth):
     schema = TEXT
     for _ in range(depth):
@@ -172,7 +178,7 @@ def to(index):
 
 
 def test_limits():
-    assert check_schema(nested(MAX_DEPTH - 1)) == MAX_DEPTH
+    assert parts(nested(MAX_DEPTH - 1)) == MAX_DEPTH
     for huge in (
         nested(MAX_DEPTH + 1),
         nested(5000),
@@ -184,3 +190,25 @@ def test_limits():
     ):
         with pytest.raises(RequestError):
             check_schema(huge)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        lambda i: {"type": "string", "maxLength": i},
+        lambda i: {"type": "string", "minLength": 1, "maxLength": 9 + i},
+        lambda i: {"type": "string", "pattern": f"a{{{i}}}"},
+        lambda i: {"type": "integer", "multipleOf": i},
+    ],
+)
+def test_each_different_limit_takes_time_to_compile(limit):
+    def tuples(count):
+        return {"type": "array", "prefixItems": [limit(i + 1) for i in range(count)]}
+
+    budget = Budget()
+    for _ in range(3):
+        check_schema(tuples(MAX_LIMITS), budget)
+    with pytest.raises(RequestError, match="use the same for several"):
+        check_schema(tuples(MAX_LIMITS + 1))
+    with pytest.raises(RequestError, match="use the same for several"):
+        check_schema(limit(MAX_LIMITS + 1), budget)  # as another tool's, beside the others

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import jsonschema
 import openai as api
 import pytest
 from pydantic import BaseModel
+from serving import serving, wait_for
 from talking import ASK, SCHEMA, TIME, TOOLS, schema_format
+
+CHAT_PATH = "/v1/chat/completions"
 
 
 class Trip(BaseModel):
@@ -118,3 +122,23 @@ def test_a_compilation_that_takes_too_long(talkers, monkeypatch):
     with pytest.raises(api.BadRequestError, match="simplify the schema") as caught:
         talkers["react"].ask(response_format=schema_format(SCHEMA))
     assert caught.value.param == "response_format"
+
+
+def test_a_compilation_without_end_holds_up_nothing_but_compilations(llm, monkeypatch):
+    """Nor the server's own end, which would wait for a thread of asyncio's pool."""
+    monkeypatch.setattr("nybble.serve.structured.COMPILE_SECONDS", 0.1)
+    body = {"messages": ASK, "max_tokens": 1}
+    wanted = {**body, "response_format": {"type": "json_object"}}
+    for ends in (True, False):
+        go_on = threading.Event()
+        with serving(llm) as server, server.client() as http:
+            service = server.host.service
+            with monkeypatch.context() as patch:
+                patch.setattr(service.grammars, "json_object", go_on.wait)
+                statuses = [http.post(CHAT_PATH, json=wanted).status_code for _ in range(2)]
+            assert statuses == [400, 429]
+            assert http.post(CHAT_PATH, json=body).status_code == 200
+            if ends:
+                go_on.set()
+                wait_for(lambda service=service: not service.compiling.locked())
+                assert http.post(CHAT_PATH, json=wanted).status_code == 200
