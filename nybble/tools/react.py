@@ -69,14 +69,15 @@ class ReActFormat:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> ToolPrompt:
         check_turns(messages)
-        turns: list[dict[str, Any]] = []
+        turns: list[_Turn] = []
         for message in _one_call_each(messages):
             _add_turn(turns, message, bool(tools))
+        chat = [{"role": role, "content": "".join(said)} for role, said in turns]
         if tools:
-            _put_instruction(turns, tools)
+            _put_instruction(chat, tools)
         if messages[-1]["role"] != "tool":
-            return ToolPrompt(turns)
-        return ToolPrompt(turns[:-1], reply=f"{turns[-1]['content']}\n{THOUGHT}")
+            return ToolPrompt(chat)
+        return ToolPrompt(chat[:-1], reply=f"{chat[-1]['content']}\n{THOUGHT}")
 
     def parser(
         self, tools: Sequence[Tool], *, resumed: bool = False, at_most: int | None = None
@@ -119,6 +120,8 @@ def _sequence(*elements: Layout) -> Layout:
 
 # -- the prompt ------------------------------------------------------------------------------------
 
+_Turn = tuple[str, list[str]]  # its role, and its text in pieces
+
 
 def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
     """The same chat with calls that were made together told one after another."""
@@ -134,17 +137,17 @@ def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
             yield message
 
 
-def _add_turn(turns: list[dict[str, Any]], message: Message, tools: bool) -> None:
+def _add_turn(turns: list[_Turn], message: Message, tools: bool) -> None:
     role, content = message["role"], (message["content"] or "").lstrip("\n").rstrip()
     if role == "tool":
-        turns[-1]["content"] += f"{OBSERVATION} {content}"
+        turns[-1][1].append(f"{OBSERVATION} {content}")
         return
     if role == "assistant" and (tools or "call" in message):
         content = _spoken(content, message.get("call"))
-    if role == "assistant" and turns and turns[-1]["role"] == "assistant":
-        turns[-1]["content"] += f"\n{content}"
+    if role == "assistant" and turns and turns[-1][0] == "assistant":
+        turns[-1][1].append(f"\n{content}")
     else:
-        turns.append({"role": role, "content": content})
+        turns.append((role, [content]))
 
 
 def _spoken(content: str, call: dict[str, str] | None) -> str:
@@ -155,9 +158,9 @@ def _spoken(content: str, call: dict[str, str] | None) -> str:
     return f"{thought}{ACTION} {call['name']}{ACTION_INPUT} {call['arguments']}"
 
 
-def _put_instruction(turns: list[dict[str, Any]], tools: Sequence[Tool]) -> None:
+def _put_instruction(chat: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> None:
     """Into the last thing that the user said."""
-    asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), None)
+    asked = next((turn for turn in reversed(chat) if turn["role"] == "user"), None)
     if asked is None:
         raise RequestError("Tools need a question: add a message of the user.", "messages")
     asked["content"] = _INSTRUCTION.format(
