@@ -71,7 +71,7 @@ class Listening:
         ),
     ] = None
     max_waiting: Annotated[int, typer.Option(help="Requests that may queue; then 429.")] = 256
-    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.")] = 16 * 2**20
+    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.")] = 2 * 2**20
     request_seconds: Annotated[float, typer.Option(help="Time limit of one request.")] = 600.0
     drain_seconds: Annotated[
         float, typer.Option(help="Time for running answers to finish after SIGTERM.")

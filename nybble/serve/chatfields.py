@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from nybble.serve.body import Body
+from nybble.serve.body import Body, Many
 from nybble.serve.errors import refused, unsupported
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -41,8 +41,8 @@ class ChatMessage(Body):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] = ""
-    tool_calls: Annotated[list[MadeCall], Field(min_length=1)] | None = None
+    content: str | Many[TextPart] = ""
+    tool_calls: Annotated[Many[MadeCall], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
     name: str | None = Field(None, description="The function's, in the answer of one.")
@@ -50,8 +50,8 @@ class ChatMessage(Body):
     @field_validator("content", mode="wrap")
     @classmethod
     def _text_only(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
-        if isinstance(value, list) and any(
-            isinstance(part, dict) and part.get("type") != "text" for part in value
+        if isinstance(value, list) and not all(
+            isinstance(part, dict) and part.get("type") == "text" for part in value
         ):
             raise ValueError("this model takes text only: send parts of type text")
         if not isinstance(value, (str, list)):

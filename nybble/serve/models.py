@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,6 +22,7 @@ from nybble.serve.responses import (
     Version,
 )
 from nybble.serve.service import Service
+from nybble.tokenizer import Tokenizer
 from nybble.tools import ToolPrompt
 
 router = APIRouter()
@@ -75,8 +77,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
     ids = await _ids(body, service)
     names = None
     if body.return_token_strs:
-        decode = service.tokenizer.decode_bytes
-        names = [decode([token]).decode("utf-8", "replace") for token in ids]
+        names = await asyncio.to_thread(_names, service.tokenizer, ids)
     return TokenizeReply(
         count=len(ids), max_model_len=service.max_context, tokens=ids, token_strs=names
     )
@@ -88,9 +89,11 @@ async def _ids(body: TokenizeRequest, service: Service) -> list[int]:
         prompt = ToolPrompt([message.as_prompt() for message in body.messages])
         options = {"add_generation_prompt": body.add_generation_prompt}
         return await service.chat_ids(prompt, options)
-    prefix = service.tokenizer.prompt_prefix_ids if body.add_special_tokens else ()
-    text = body.prompt or ""
-    return [*prefix, *await asyncio.to_thread(service.tokenizer.encode, text)]
+    return await service.token_ids(body.prompt or "", special=body.add_special_tokens)
+
+
+def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    return [tokenizer.decode_bytes([token]).decode("utf-8", "replace") for token in ids]
 
 
 @router.post("/detokenize")

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from nybble.sampling import SamplingParams
-from nybble.serve.body import Body
+from nybble.serve.body import Body, Many
 from nybble.serve.chatfields import (
     MOST_TOOLS,
     ChatMessage,
@@ -52,8 +52,8 @@ class Generating(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = Field(None, description="Choice i of n uses seed + i.")
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
@@ -70,6 +70,15 @@ class Generating(Body):
         ):
             return read(value)
         raise ValueError("give a text, or a list of texts")
+
+    @field_validator("logit_bias", mode="wrap")
+    @classmethod
+    def _numbers(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(value, dict) and not all(
+            isinstance(bias, (int, float)) for bias in value.values()
+        ):
+            raise ValueError("give a number for each token id")
+        return read(value)
 
     def check(self) -> None:
         """ApiError for fields that do not go together."""
@@ -98,16 +107,16 @@ def read_bias(bias: dict[str, float]) -> dict[int, float]:
 class ChatRequest(Generating):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[ToolDefinition], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[Many[ToolDefinition], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[FunctionTool], Field(min_length=1, max_length=MOST_TOOLS)] | None = (
+    functions: Annotated[Many[FunctionTool], Field(min_length=1, max_length=MOST_TOOLS)] | None = (
         Field(None, description="The first name of tools.")
     )
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
@@ -165,7 +174,7 @@ class CompletionRequest(Generating):
     max_tokens may be 0 then. Left out, max_tokens is 16, as OpenAI's API says.
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool = False
     best_of: Literal[1] | None = None
@@ -216,7 +225,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Many[ChatMessage] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = Field(
         True, description="Of a prompt: begin with the beginning-of-text token, where there is one."
@@ -234,4 +243,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]

@@ -12,7 +12,7 @@ from typing import Any
 
 from nybble.engine.constraint import Constraint
 from nybble.engine.loop import AsyncEngine
-from nybble.errors import ConfigError, RequestError
+from nybble.errors import CapacityError, ConfigError, RequestError
 from nybble.grammar import GrammarCompiler
 from nybble.llm import LLM
 from nybble.outputs import no_tokenizer
@@ -24,6 +24,9 @@ from nybble.tokenizer import Tokenizer
 from nybble.tools import ToolPrompt
 
 logger = logging.getLogger("nybble.serve")
+
+# Each answer has a table of its own, which is made in the event loop.
+MOST_BIASES = 200_000
 
 
 class Service:
@@ -52,6 +55,7 @@ class Service:
         self.grammars = GrammarCompiler(self.tokenizer, llm.engine.eos_ids, llm.engine.vocab_size)
         self.compiling = asyncio.Semaphore()
         self.created = int(time.time())
+        self._longest_token = _longest_token(self.tokenizer)
 
     @property
     def max_context(self) -> int:
@@ -80,6 +84,10 @@ class Service:
 
     async def chat_ids(self, prompt: ToolPrompt, options: Mapping[str, Any]) -> list[int]:
         """The prompt of a chat; `options` go to the chat template."""
+        self._check_length(
+            sum(len(message["content"] or "") for message in prompt.messages) + len(prompt.reply),
+            len(prompt.messages),
+        )
 
         def ids() -> list[int]:
             chat = self.tokenizer.apply_chat(prompt.messages, prompt.tools, **options)
@@ -88,7 +96,28 @@ class Service:
         return await asyncio.to_thread(ids)
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self._check_length(len(prompt))
         return await asyncio.to_thread(self.llm.encode, prompt)
+
+    async def token_ids(self, text: str, *, special: bool) -> list[int]:
+        """The ids of a text, which may be empty; special: with what goes before a prompt."""
+        self._check_length(len(text))
+        prefix = self.tokenizer.prompt_prefix_ids if special else ()
+        return [*prefix, *await asyncio.to_thread(self.tokenizer.encode, text)]
+
+    def _check_length(self, characters: int, messages: int = 0) -> None:
+        """CapacityError for what no context can hold, before the work of counting its tokens.
+
+        The interpreter's lock is held for parts of that work: other requests' tokens would wait.
+        """
+        if characters > self.max_context * self._longest_token or messages > self.max_context:
+            many = messages > self.max_context
+            size = f"{messages:,} messages" if many else f"{characters:,} characters"
+            raise CapacityError(
+                f"The prompt has {size}, for which no context of {self.max_context} tokens has "
+                "room: shorten it."
+            )
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -112,6 +141,13 @@ class Service:
         constraint: makes a fresh one for each answer. echoes: each prompt comes before its
         answers, from this token of it on.
         """
+        biases = len(prompts) * n * len(params.logit_bias or ())
+        if biases > MOST_BIASES:
+            raise refused(
+                "logit_bias",
+                f"logit_bias makes {biases:,} entries for all answers together, and "
+                f"{MOST_BIASES:,} are taken: name fewer tokens, or ask for fewer answers.",
+            )
         answers: list[Answer] = []
         try:
             for number, prompt in enumerate(prompts):
@@ -135,6 +171,12 @@ class Service:
             return json.dumps(self.tokenizer.decode(prompt), ensure_ascii=False)
         except RequestError:
             return str(prompt)
+
+
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """The most bytes that one token stands for."""
+    ids = set(range(tokenizer.vocab_size)) - tokenizer.unused_ids
+    return max(len(tokenizer.decode_bytes([token])) for token in ids)
 
 
 def _seeded(params: SamplingParams, choice: int) -> SamplingParams:

@@ -25,7 +25,7 @@ class ServerSettings:
     allow_public: bool = False
     cors_origins: tuple[str, ...] = ()
     max_waiting: int = 256
-    max_body: int = 16 * 2**20
+    max_body: int = 2 * 2**20
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     keep_alive_seconds: float = 10.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from pydantic import ValidationError
 from serving import serving
 
 from nybble.errors import ConfigError
+from nybble.serve.protocol import ChatRequest
 from nybble.serve.settings import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "the secret fox"}], "max_tokens": 2}
@@ -136,6 +138,56 @@ def test_a_body_of_another_type(http):
     reply = http.post(PATH, content=b'{"messages": []}', headers={"Content-Type": "text/plain"})
     assert reply.status_code == 400
     assert "application/json" in error_of(reply)["message"]
+
+
+CALL = {"id": "1", "function": {"name": "f", "arguments": ""}}
+MANY = {
+    "messages": {"messages": [0] * 999},
+    "unknown fields": {"messages": CHAT["messages"], **{f"x{i}": 0 for i in range(999)}},
+    "content": {"messages": [{"role": "user", "content": [{"type": "text"}] * 999}]},
+    "no content": {"messages": [{"role": "user", "content": [0] * 999}]},
+    "calls": {"messages": [{"role": "assistant", "tool_calls": [CALL] * 999}]},
+    "tools": {**CHAT, "tools": [0] * 99},
+    "functions": {**CHAT, "functions": [0] * 99},
+    "stop_token_ids": {**CHAT, "stop_token_ids": ["a"] * 999},
+    "logit_bias": {**CHAT, "logit_bias": {str(i): "a" for i in range(999)}},
+}
+
+
+@pytest.mark.parametrize("fields", MANY.values(), ids=MANY)
+def test_a_body_full_of_errors_is_refused_for_the_first(fields):
+    """An object for each of a million would keep everybody waiting for seconds."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(fields)
+    assert caught.value.error_count() <= 2
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (PATH, {"messages": [{"role": "user", "content": "x" * 20_000}]}),
+        (PATH, {"messages": CHAT["messages"] * 300}),
+        ("/v1/completions", {"prompt": "x" * 20_000}),
+        ("/tokenize", {"prompt": "x" * 20_000}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 20_000}]}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_no_context_can_hold_is_not_even_encoded(llm, monkeypatch, path, fields):
+    with serving(llm) as server, server.client() as http:
+        for name in ("encode", "apply_chat"):
+            monkeypatch.setattr(llm.tokenizer, name, None)
+        reply = http.post(path, json=fields)
+    assert reply.status_code == 400
+    assert error_of(reply)["code"] == "context_length_exceeded"
+
+
+def test_a_bias_for_each_of_many_answers(http, monkeypatch):
+    monkeypatch.setattr("nybble.serve.service.MOST_BIASES", 9)
+    fields = {**CHAT, "logit_bias": {"5": 1, "6": 1, "7": 1}}
+    assert http.post(PATH, json={**fields, "n": 3}).status_code == 200
+    reply = http.post(PATH, json={**fields, "n": 4})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "logit_bias")
 
 
 def test_lone_surrogates_are_refused(http):
