@@ -206,14 +206,14 @@ class Answers:
 
 async def merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[Piece]:
     """What comes from any of the sources; the first error of any."""
-    queue: asyncio.Queue[Piece | NybbleError | None] = asyncio.Queue()
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def read(source: AsyncIterator[Piece]) -> None:
         try:
             async for piece in source:
                 queue.put_nowait(piece)
             queue.put_nowait(None)
-        except NybbleError as error:
+        except Exception as error:  # noqa: BLE001, it is raised where the pieces are read
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(read(source)) for source in sources]
@@ -221,7 +221,7 @@ async def merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[Piec
         left = len(tasks)
         while left:
             item = await queue.get()
-            if isinstance(item, NybbleError):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 left -= 1

@@ -213,6 +213,17 @@ def test_a_bug_is_a_500_in_the_same_shape(llm, monkeypatch):
         assert "Traceback" not in reply.text
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_bug_while_an_answer_is_read_is_a_500_too(llm, monkeypatch, n):
+    with serving(llm) as server, server.client() as http:
+        with monkeypatch.context() as patch:
+            patch.setattr("nybble.serve.answers.TextBuilder.push", lambda *_: {}["a bug"])
+            reply = http.post("/v1/chat/completions", json={**CHAT, "n": n})
+        assert reply.status_code == 500
+        assert reply.json()["error"]["code"] == "internal_error"
+        server.wait_until_idle()
+
+
 # -- coming and going ------------------------------------------------------------------------------
 
 
