@@ -122,8 +122,12 @@ class Service:
     # -- answers -------------------------------------------------------------------------------
 
     def params(self, given: Mapping[str, Any], stop: tuple[str, ...] = ()) -> SamplingParams:
-        """The model's own defaults, with what a request says in their place, and more stops."""
-        params = replace(self.llm.default_params, **given)
+        """The model's own defaults, with what a request says in their place, and more stops.
+
+        How long an answer may be is no matter of taste: left out, it is as far as the context
+        goes, whatever the model's authors put down for their own examples.
+        """
+        params = replace(self.llm.default_params, **{"max_tokens": None, **given})
         return replace(params, stop=(*params.stop_texts, *stop))
 
     def start(

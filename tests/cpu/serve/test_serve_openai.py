@@ -155,6 +155,16 @@ def test_the_bias_of_a_token_decides(openai, llm):
     assert reply.choices[0].message.content == "zzzzz"
 
 
+def test_without_max_tokens_an_answer_goes_as_far_as_the_context(openai, server, monkeypatch):
+    """generation_config.json of many models says 512 and the like."""
+    service = server.host.service
+    monkeypatch.setattr(service.llm, "default_params", greedy(3))
+    usage = openai.chat.completions.create(
+        model="toy", messages=CHAT, extra_body={"ignore_eos": True}
+    ).usage
+    assert usage.total_tokens == service.max_context
+
+
 def test_max_completion_tokens_is_another_name(openai):
     reply = openai.chat.completions.create(
         model="toy", messages=CHAT, temperature=0, max_completion_tokens=3
