@@ -86,10 +86,10 @@ class ToolUse:
 
 
 def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
-    """None where the chat has nothing to do with tools."""
-    if body.tools or body.functions or any(m.calls or m.role == "tool" for m in body.messages):
-        return ToolUse(body, tool_format(tokenizer))
-    return None
+    """None where the chat has nothing to do with tools: none may be called, and none was."""
+    use = ToolUse(body, tool_format(tokenizer))
+    told = any(m.calls or m.role == "tool" for m in body.messages)
+    return use if use.tools or told else None
 
 
 def _offered(body: ChatRequest) -> list[Tool]:

@@ -99,6 +99,15 @@ def test_none_means_that_a_call_is_text(talker, say):
     assert (message.content, message.tool_calls) == (CALL[talker.kind], None)
 
 
+def test_none_leaves_an_answer_as_it_is(talker, say):
+    """Words that would mean something beside tools are words."""
+    text = "Thought: I am free.\nAction: none\nObservation: it is blue.\nFinal Answer: blue"
+    say(text)
+    for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        assert talker.ask(**fields).choices[0].message.content == text
+        assert talker.stream(**fields)[0] == text
+
+
 @pytest.mark.parametrize(
     "broken", [{"get_weather": "made_up"}, {"{": "("}], ids=["a made-up tool", "no JSON"]
 )
