@@ -34,6 +34,8 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)'
 )
+# What closes a call behind its arguments: models forget the tag.
+_TAIL = re.compile(rf"\s*\}}\s*({CLOSE})?")
 
 
 class HermesFormat:
@@ -184,11 +186,22 @@ class HermesParser:
         if not call.closed:
             piece, self._buffer = call.push(self._buffer)
             return [CallDelta(call.index, None, piece)] if piece else None
-        rest, tag, after = self._buffer.partition(CLOSE)
-        if not tag:
+        end = self._end_of_call(call)
+        if end is None:
             return None
-        self._buffer = after
-        return self._end_call(call, rest + tag)
+        rest, self._buffer = self._buffer[:end], self._buffer[end:]
+        return self._end_call(call, rest)
+
+    def _end_of_call(self, call: OpenCall) -> int | None:
+        """Where a call ends whose arguments have; None: the buffer must grow first."""
+        tail = _TAIL.match(self._buffer)
+        if call.broken or (tail is None and not self._buffer.isspace()):
+            # More than arguments, or not even those: the tag alone tells.
+            found = self._buffer.find(CLOSE)
+            return None if found < 0 else found + len(CLOSE)
+        if tail is None or (tail[1] is None and CLOSE.startswith(self._buffer[tail.end() :])):
+            return None
+        return tail.end()
 
     def _end_call(self, call: OpenCall, rest: str) -> list[Delta]:
         call.note(rest)

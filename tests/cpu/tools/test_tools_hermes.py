@@ -88,6 +88,21 @@ REPLIES = {
     ),
     "no arguments": ('<tool_call>{"name": "g"}</tool_call>', "", [("g", "{}")]),
     "the end tag is missing": (call("f", "{}")[:-13], "", [("f", "{}")]),
+    "the end tag is missing, and text follows": (
+        f"{call('f', '{}')[:-13]} \nDone. }}",
+        "Done. }",
+        [("f", "{}")],
+    ),
+    "the end tag is missing, and a call follows": (
+        f"{call('f', '{}')[:-13]}\n{call('g', '{}')}",
+        "",
+        [("f", "{}"), ("g", "{}")],
+    ),
+    "more than a name and arguments": (
+        '<tool_call>{"name": "f", "arguments": {}, "id": "}"}</tool_call> yes',
+        " yes",
+        [("f", "{}")],
+    ),
     "a tool that was not offered": (
         f"Hm.\n\n{call('rm', '{}')} yes",
         f"Hm.\n\n{call('rm', '{}')} yes",
@@ -144,6 +159,7 @@ WORDS = st.sampled_from(
         "</tool_call>",
         '{"name": "f", "arguments": ',
         '{"name": "x", "arguments": {}',
+        '<tool_call>{"name": "f", "arguments": {}',
         '{"a": 1}',
         "{",
         "}",
