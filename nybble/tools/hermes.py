@@ -110,6 +110,7 @@ class HermesParser:
         self._names = names
         self._at_most = at_most
         self._calls = 0
+        self._sound = False  # whether any of them was one
         self._buffer = ""
         self._gap: str | None = None  # inside a tag whose call has no name yet: what stood before
         self._call: OpenCall | None = None
@@ -136,7 +137,7 @@ class HermesParser:
             return self._end_call(self._call, rest)
         if self._gap is not None:
             return self._whole_call(rest, "")
-        return [TextDelta(rest)] if rest and not (self._calls and rest.isspace()) else []
+        return [TextDelta(rest)] if rest and not (self._sound and rest.isspace()) else []
 
     def _step(self) -> list[Delta] | None:
         """What the buffer says next; None: it must grow first."""
@@ -180,7 +181,8 @@ class HermesParser:
         call = OpenCall(self._calls, raw)
         call.push(arguments)
         self._calls += 1
-        return [CallDelta(call.index, name), CallDelta(call.index, None, arguments), call.end()]
+        whole = CallDelta(call.index, None, arguments)
+        return [CallDelta(call.index, name), whole, *self._end_call(call, "")]
 
     def _in_arguments(self, call: OpenCall) -> list[Delta] | None:
         if not call.closed:
@@ -206,7 +208,9 @@ class HermesParser:
     def _end_call(self, call: OpenCall, rest: str) -> list[Delta]:
         call.note(rest)
         self._call = None
-        return [call.end()]
+        end = call.end()
+        self._sound = self._sound or end.sound
+        return [end]
 
 
 def _text_of(literal: str) -> str | None:

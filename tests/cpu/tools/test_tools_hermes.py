@@ -121,6 +121,7 @@ REPLIES = {
         call("f", "{1}"),
         [("g", "{}")],
     ),
+    "space behind a bad call": (f"{call('f', '{1}')} \n", f"{call('f', '{1}')} \n", []),
     "half a tag": ("a < b <tool_cal", "a < b <tool_cal", []),
     "an open tag": ("a <tool_call>", "a <tool_call>", []),
     "nothing": ("", "", []),
