@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -134,8 +135,13 @@ def test_bodies_that_are_no_json(http, content):
     assert error_of(reply)["type"] == "invalid_request_error"
 
 
-def test_a_body_of_another_type(http):
-    reply = http.post(PATH, content=b'{"messages": []}', headers={"Content-Type": "text/plain"})
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {}], ids=str)
+def test_a_body_of_another_type_or_none(http, headers):
+    """Any web page may make a browser send these to localhost: only JSON needs its leave."""
+    content = json.dumps(CHAT).encode()
+    request = http.build_request("POST", PATH, content=content, headers=headers)
+    assert request.headers.get("content-type") == headers.get("Content-Type")
+    reply = http.send(request)
     assert reply.status_code == 400
     assert "application/json" in error_of(reply)["message"]
 
