@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from nybble.errors import NybbleError
 from nybble.serve import chat, completions, models, page
-from nybble.serve.errors import SERVER, ApiError, as_api_error, unsupported
+from nybble.serve.errors import SERVER, ApiError, as_api_error, refused, unsupported
 from nybble.serve.host import Host, Loader, record_of
 from nybble.serve.record import Metrics
 from nybble.serve.responses import ErrorReply
@@ -133,10 +133,16 @@ def invalid_request(detail: Mapping[str, Any]) -> ApiError:
         return ApiError(
             400, "The body is no JSON object: send one, with Content-Type: application/json."
         )
-    reason = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return refused(param, f"{param} is missing: add it.")
+    reason = _NO_OBJECT.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     reason = reason[:1].lower() + reason[1:]
     where = f"{param}: " if param else ""
     return ApiError(400, f"{where}{reason}.", param=param or None)
+
+
+# Pydantic's words name classes of ours.
+_NO_OBJECT = dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "give an object")
 
 
 def _param(location: Sequence[str | int]) -> str:

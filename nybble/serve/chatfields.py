@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from nybble.serve.body import Body, Many
@@ -18,6 +18,9 @@ MOST_TOOLS = 128
 class TextPart(Body):
     type: Literal["text"]
     text: str
+
+
+_PARTS = TypeAdapter(Many[TextPart])
 
 
 class CalledFunction(Body):
@@ -41,7 +44,7 @@ class ChatMessage(Body):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Many[TextPart] = ""
+    content: str | list[TextPart] = ""
     tool_calls: Annotated[Many[MadeCall], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
@@ -50,13 +53,13 @@ class ChatMessage(Body):
     @field_validator("content", mode="wrap")
     @classmethod
     def _text_only(cls, value: Any, read: ModelWrapValidatorHandler[Any]) -> Any:
-        if isinstance(value, list) and not all(
-            isinstance(part, dict) and part.get("type") == "text" for part in value
-        ):
-            raise ValueError("this model takes text only: send parts of type text")
-        if not isinstance(value, (str, list)):
+        if isinstance(value, str):
+            return read(value)
+        if not isinstance(value, list):
             raise ValueError("give a text, or a list of parts of type text")
-        return read(value)
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+            raise ValueError("this model takes text only: send parts of type text")
+        return _PARTS.validate_python(value)
 
     def check(self, where: str) -> None:
         """ApiError for a field that the role needs, or has no use for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from nybble.sampling import SamplingParams
@@ -122,6 +122,19 @@ class ChatRequest(Generating):
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
         None, description="The first name of tool_choice."
     )
+
+    @field_validator("tool_choice", "function_call", mode="wrap")
+    @classmethod
+    def _word_or_name(
+        cls, value: Any, read: ModelWrapValidatorHandler[Any], info: ValidationInfo
+    ) -> Any:
+        tool = info.field_name == "tool_choice"
+        words = ["none", "auto", *(["required"] if tool else [])]
+        if isinstance(value, dict):
+            return (NamedTool if tool else NamedFunction).model_validate(value)
+        if value not in words:
+            raise ValueError(f"give {', '.join(words)}, or an object that names one")
+        return read(value)
 
     def check(self) -> None:
         super().check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import jsonschema
@@ -80,6 +81,10 @@ CASES = [
     ({"tools": TOOLS, "functions": [TIME]}, "functions"),
     ({"tools": TOOLS, "tool_choice": NAMED}, "tool_choice"),
     ({"functions": [TIME], "function_call": {"name": "nobody"}}, "function_call"),
+    ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "a b"}}},
+     "tool_choice.function.name"),
+    ({"functions": [TIME], "function_call": {}}, "function_call.name"),
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": STRICT}, "tools"),
@@ -101,6 +106,11 @@ CASES = [
     ({"messages": [*ASK, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+     "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "a": 1}]}]},
+     "messages[0].content[0].a"),
+    ({"messages": [3]}, "messages[0]"),
 ]  # fmt: skip
 
 
@@ -110,6 +120,7 @@ def test_a_bad_field_is_named(talkers, fields, param):
         talkers["hermes"].ask(**fields)
     assert caught.value.param == param
     assert caught.value.body["message"].endswith(".")
+    assert not re.search(r"ChatMessage|Input|literal", caught.value.body["message"])
 
 
 def test_the_keyword_that_cannot_be_kept_is_named(talkers):
