@@ -113,6 +113,11 @@ def check_schema(schema: object, budget: Budget | None = None) -> None:
     """
     try:
         size = len(json.dumps(schema, allow_nan=False))
+        json.dumps(schema, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "The schema holds a lone surrogate, which no UTF-8 text can: take it out."
+        ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"The schema is no JSON ({error}): give a JSON object.") from error
     if size > MAX_CHARACTERS:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from nybble.errors import RequestError
 
 # A pattern's length, as it stands and with its repeats written out: that takes time to compile.
-MAX_PATTERN, MAX_EXPANDED = 500, 150
+MAX_PATTERN, MAX_EXPANDED = 500, 128
 
 _PIECE = re.compile(
     r"(?P<class>\[\^?(?:\\.|[^\\\]])+\])|(?P<repeat>\{[\d,]+\})|(?P<group>\((?:\?.?)?)"
