@@ -34,8 +34,11 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.names or not all(self.names):
             raise ConfigError("The model has no name to serve: give one with --served-name.")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise ConfigError("The API key must be non-empty ASCII: choose another one.")
+        if self.api_key is not None and not _can_be_sent(self.api_key):
+            raise ConfigError(
+                "The API key must be printable ASCII without space around it (a line break at its "
+                "end, say), as no client could send it: choose another one."
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}: give one from 1 to 65535, or 0 for any.")
         self._check_positive()
@@ -52,6 +55,11 @@ class ServerSettings:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {getattr(self, name)}: give more than 0.")
+
+
+def _can_be_sent(key: str) -> bool:
+    """Whether a key fits into a header."""
+    return key != "" and key.isascii() and key.isprintable() and key == key.strip()
 
 
 def is_loopback(host: str) -> bool:
