@@ -6,6 +6,7 @@ A field that is null counts as left out. Numbers are checked where they are used
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -94,9 +95,12 @@ class Generating(Body):
         return given
 
 
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
+
+
 def read_bias(bias: dict[str, float]) -> dict[int, float]:
     """JSON's keys are text, those of logit_bias are token ids."""
-    if not all(key.isascii() and key.isdigit() for key in bias):
+    if not all(_TOKEN_ID.fullmatch(key) for key in bias):
         raise refused("logit_bias", "logit_bias takes token ids as keys: see /tokenize.")
     return {int(key): value for key, value in bias.items()}
 

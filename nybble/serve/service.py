@@ -25,6 +25,7 @@ from nybble.tools import ToolPrompt
 
 logger = logging.getLogger("nybble.serve")
 
+SEEDS = 2**63
 # Each answer has a table of its own, which is made in the event loop.
 MOST_BIASES = 200_000
 
@@ -184,7 +185,7 @@ def _longest_token(tokenizer: Tokenizer) -> int:
 
 
 def _seeded(params: SamplingParams, choice: int) -> SamplingParams:
-    """Each choice draws its own numbers: the seed counts on."""
+    """Each choice draws its own numbers: the seed counts on, and after the last begins again."""
     if params.seed is None or choice == 0:
         return params
-    return replace(params, seed=params.seed + choice)
+    return replace(params, seed=(params.seed + choice) % SEEDS)

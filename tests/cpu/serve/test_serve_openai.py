@@ -88,6 +88,13 @@ def test_each_of_n_choices_draws_its_own_numbers(openai, stream):
     assert len(set(texts)) == 3
 
 
+def test_the_seed_after_the_last_is_the_first(openai):
+    fields = {"temperature": 1.0, "seed": 2**63 - 1}
+    last, first = ask(openai, n=2, **fields).choices
+    assert first.message.content == ask(openai, **{**fields, "seed": 0}).choices[0].message.content
+    assert last.message.content == ask(openai, **fields).choices[0].message.content
+
+
 def test_a_prompt_counts_once_for_all_choices_and_what_is_cached_is_told(openai):
     chat = [{"role": "user", "content": "jumps over the dog " * 12}]
     first = ask(openai, messages=chat, n=2).usage
@@ -291,6 +298,7 @@ CHAT_FIELDS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logit_bias": {"5000": 1}}, "logit_bias"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
