@@ -15,6 +15,7 @@ from nybble.outputs import TextBuilder
 from nybble.serve.errors import TooSlowError
 from nybble.serve.record import RequestRecord
 from nybble.serve.responses import PromptDetails, Usage
+from nybble.serve.sse import ClientGoneError
 from nybble.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -163,7 +164,8 @@ class Answers:
         for answer in self._answers:
             answer.close()
         usage = self.usage
-        reason = "error" if isinstance(error, NybbleError) else self._reason
+        failed = isinstance(error, Exception) and not isinstance(error, ClientGoneError)
+        reason = "error" if failed else self._reason
         self._record.finished(reason, usage.prompt_tokens, usage.completion_tokens)
 
     def __len__(self) -> int:

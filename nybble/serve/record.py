@@ -50,7 +50,6 @@ class RequestRecord:
 
     def rejected(self, label: str) -> None:
         """The request never ran."""
-        self.reason = label
         if self.metrics is not None:
             self.metrics.arrived()
             self.metrics.rejected(label)

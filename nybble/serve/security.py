@@ -33,8 +33,10 @@ def refusal(scope: Scope, error: ApiError) -> JSONResponse:
     """The answer to a request that goes no further, which is counted where it asked for text."""
     record: RequestRecord = scope["state"]["record"]
     # One that ran and failed has been counted already.
-    if record.reason is None and scope["path"] in _GENERATING:
-        record.rejected(error.label)
+    if record.reason is None:
+        record.reason = error.label
+        if scope["path"] in _GENERATING:
+            record.rejected(error.label)
     return error_response(error)
 
 
@@ -62,6 +64,9 @@ class Recorder:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
         finally:
             _log(scope, record, status)
 
@@ -75,6 +80,7 @@ def _log(scope: Scope, record: RequestRecord, status: int) -> None:
     # The route, not the path: what a client makes up stays out of the log.
     route = getattr(scope.get("route"), "path", "-")
     tokens = f"{record.prompt_tokens} + {record.new_tokens} tokens"
+    ended = "done" if status < 400 else "abort" if status == 499 else "error"
     logger.log(
         logging.DEBUG if route in _POLLED else logging.INFO,
         "%s %s %s %d %s, %s, %.3f s",
@@ -82,7 +88,7 @@ def _log(scope: Scope, record: RequestRecord, status: int) -> None:
         scope["method"],
         route,
         status,
-        record.reason or "done",
+        record.reason or ended,
         tokens,
         record.seconds,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
+import httpx2
 import pytest
 from pydantic import ValidationError
 from serving import serving
@@ -265,10 +267,25 @@ def test_the_log_tells_how_much_but_never_what(http, caplog):
     lines = [record.getMessage() for record in caplog.records if record.name in logs]
     assert lines[0].startswith("mine-2 POST /v1/chat/completions 200 ")
     assert "+ 2 tokens" in lines[0]
-    assert " 400 " in lines[1]
-    assert " 404 " in lines[2]
+    assert " 400 invalid_request" in lines[1]
+    assert " 404 not_found" in lines[2]
+    assert " 200 done" in lines[3]
     assert len(lines) == 4
     assert not any(word in line for line in lines for word in ("secret", "fox", "Ann"))
+
+
+@pytest.mark.parametrize("broken", ["Service.chat_ids", "answers.TextBuilder.push"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_is_no_client_that_hung_up(llm, caplog, monkeypatch, broken, stream):
+    caplog.set_level(logging.INFO, logger="nybble.serve")
+    module = "nybble.serve." + ("service." if broken.startswith("Service") else "")
+    with serving(llm) as server, server.client() as http:
+        monkeypatch.setattr(module + broken, lambda *_: {}["a bug"])
+        with contextlib.suppress(httpx2.RemoteProtocolError):
+            http.post(PATH, json={**CHAT, "stream": stream})
+        server.wait_until_idle()
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "nybble.serve"]
+    assert " 500 error, " in line
 
 
 def test_prompts_are_logged_for_those_who_ask(llm, caplog):
