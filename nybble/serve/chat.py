@@ -25,8 +25,7 @@ from nybble.serve.responses import (
 from nybble.serve.service import Service
 from nybble.serve.sse import EventStream, while_connected
 from nybble.serve.structured import answer_grammar
-from nybble.serve.toolcalls import Speech, tool_use
-from nybble.tools import ToolPrompt
+from nybble.serve.toolcalls import Speech, chat_prompt, tool_use
 
 router = APIRouter()
 
@@ -40,8 +39,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     body.check()
     service.check_room(1, body.n)
     use = tool_use(body, service.tokenizer)
-    messages = [message.as_prompt() for message in body.messages]
-    prompt = use.prompt(messages) if use else ToolPrompt(messages)
+    prompt = chat_prompt(body.messages, use.tools if use else (), service.tokenizer)
     params = service.params(body.sampling(), use.stop if use else ())
     ids = await service.chat_ids(prompt, body.chat_template_kwargs or {})
     resumed = bool(prompt.reply)

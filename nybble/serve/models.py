@@ -22,8 +22,8 @@ from nybble.serve.responses import (
     Version,
 )
 from nybble.serve.service import Service
+from nybble.serve.toolcalls import chat_prompt
 from nybble.tokenizer import Tokenizer
-from nybble.tools import ToolPrompt
 
 router = APIRouter()
 
@@ -86,9 +86,10 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeReply:
 async def _ids(body: TokenizeRequest, service: Service) -> list[int]:
     if body.messages is not None:
         check_messages(body.messages)
-        prompt = ToolPrompt([message.as_prompt() for message in body.messages])
-        options = {"add_generation_prompt": body.add_generation_prompt}
-        return await service.chat_ids(prompt, options)
+        prompt = chat_prompt(body.messages, (), service.tokenizer)
+        # An answer that is gone on from stands behind its beginning.
+        begun = body.add_generation_prompt or prompt.reply != ""
+        return await service.chat_ids(prompt, {"add_generation_prompt": begun})
     return await service.token_ids(body.prompt or "", special=body.add_special_tokens)
 
 

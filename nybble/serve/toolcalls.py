@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from nybble.errors import RequestError
 from nybble.schema import Budget, check_schema
-from nybble.serve.chatfields import FunctionTool, NamedFunction, NamedTool
+from nybble.serve.chatfields import ChatMessage, FunctionTool, NamedFunction, NamedTool
 from nybble.serve.errors import refused
 from nybble.serve.protocol import ChatRequest
 from nybble.serve.responses import Call, Delta, Function, FunctionDelta, Message, ToolCallDelta
@@ -55,9 +54,6 @@ class ToolUse:
     def stop(self) -> tuple[str, ...]:
         return self.format.stop
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> ToolPrompt:
-        return self.format.prompt(messages, self.tools)
-
     def layout(self, *, resumed: bool, content: Layout | None) -> Layout | None:
         """What a reply must look like; None: like anything.
 
@@ -88,8 +84,22 @@ class ToolUse:
 def tool_use(body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
     """None where the chat has nothing to do with tools: none may be called, and none was."""
     use = ToolUse(body, tool_format(tokenizer))
-    told = any(m.calls or m.role == "tool" for m in body.messages)
-    return use if use.tools or told else None
+    return use if use.tools or _told(body.messages) else None
+
+
+def chat_prompt(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool], tokenizer: Tokenizer
+) -> ToolPrompt:
+    """A chat as its model is told it, with its calls and their answers where it has some."""
+    chat = [message.as_prompt() for message in messages]
+    if tools or _told(messages):
+        return tool_format(tokenizer).prompt(chat, tools)
+    return ToolPrompt(chat)
+
+
+def _told(messages: Sequence[ChatMessage]) -> bool:
+    """Whether a chat has calls in it, or answers to some."""
+    return any(message.calls or message.role == "tool" for message in messages)
 
 
 def _offered(body: ChatRequest) -> list[Tool]:

@@ -70,6 +70,11 @@ def test_the_answer_of_a_tool_is_gone_on_from(talker, say):
     ]
     for tools in ({"tools": TOOLS}, {}):
         assert talker.ask(messages, **tools).choices[0].message.content == "Final"
+    with talker.server.client() as http:
+        assert (
+            http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+            == (talker.prompts[1])
+        )
     prompt = talker.llm.tokenizer.decode(talker.prompts[0])
     if talker.kind == "react":
         assert prompt.endswith(
