@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from nybble.engine.engine import Engine
 
 # Series are there from the beginning, so that a rate sees the first one counted, too.
-_FINISHED = ("stop", "length", "tool_calls", "abort", "error")
+_FINISHED = ("stop", "length", "abort", "error")
 _REJECTED = ("invalid_request", "context_length_exceeded", "model_not_found", "rate_limit_exceeded")
 
 _INF = float("inf")
@@ -105,7 +105,7 @@ class Metrics:
         self._between_tokens.observe(seconds)
 
     def finished(self, reason: str, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
-        """reason: "stop", "length", "tool_calls", "abort" or "error"."""
+        """reason: "stop", "length", "abort" or "error"."""
         self._in_progress.dec()
         self._finished.labels(reason).inc()
         self._latency.observe(seconds)
