@@ -51,11 +51,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 def serving(
     llm: LLM | Callable[[], LLM], *, ready: bool = True, **options: Any
 ) -> Iterator[Serving]:
-    """Serve `llm`, or what it returns. Options are those of ServerSettings, and metrics."""
-    metrics = options.pop("metrics", None)
+    """Serve `llm`, or what it returns. Options are those of ServerSettings."""
     settings = ServerSettings(**{"names": ("toy",), "port": 0, **options})
     load = (lambda: llm) if isinstance(llm, LLM) else llm
-    app = create_app(load, settings, metrics)
+    app = create_app(load, settings)
     with socket.create_server((settings.host, 0)) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)

@@ -102,7 +102,6 @@ class Listening:
 def run(model: str, running: Batching, listening: Listening, open_page: bool, quiet: bool) -> None:
     try:
         from nybble.serve import server
-        from nybble.serve.metrics import Metrics
     except ImportError as error:
         raise ConfigError(
             f"The server needs the package {error.name}: run `pip install '.[serve]'` in "
@@ -118,7 +117,7 @@ def run(model: str, running: Batching, listening: Listening, open_page: bool, qu
             webbrowser.open(url)
 
     with nullcontext() if quiet else _log_of_requests():
-        server.run(lambda: _load(model, running, quiet), settings, Metrics(), announce)
+        server.run(lambda: _load(model, running, quiet), settings, announce)
 
 
 def _origin(text: str) -> str:

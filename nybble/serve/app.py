@@ -15,7 +15,7 @@ from nybble.errors import NybbleError
 from nybble.serve import chat, completions, models, page
 from nybble.serve.errors import SERVER, ApiError, as_api_error, refused, unsupported
 from nybble.serve.host import Host, Loader, record_of
-from nybble.serve.record import Metrics
+from nybble.serve.metrics import Metrics
 from nybble.serve.responses import ErrorReply
 from nybble.serve.security import BodyLimit, HostCheck, KeyCheck, Recorder, refusal
 from nybble.serve.settings import ServerSettings
@@ -34,7 +34,6 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 def create_app(
     load: Loader,
     settings: ServerSettings,
-    metrics: Metrics | None = None,
     *,
     on_failure: Callable[[], None] | None = None,
 ) -> FastAPI:
@@ -42,6 +41,7 @@ def create_app(
 
     on_failure is called when loading failed; `app.state.host` says why.
     """
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,7 +58,7 @@ def create_app(
     return app
 
 
-def _guard(app: FastAPI, settings: ServerSettings, metrics: Metrics | None) -> None:
+def _guard(app: FastAPI, settings: ServerSettings, metrics: Metrics) -> None:
     """What stands before the routes; what is added last is met first."""
     app.add_middleware(BodyLimit, most=settings.max_body)
     if settings.api_key is not None:

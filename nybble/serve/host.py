@@ -15,7 +15,8 @@ from nybble.errors import UnavailableError
 from nybble.llm import LLM
 from nybble.serve.daemon import in_daemon
 from nybble.serve.errors import unavailable
-from nybble.serve.record import Metrics, RequestRecord
+from nybble.serve.metrics import Metrics
+from nybble.serve.record import RequestRecord
 from nybble.serve.service import Service
 from nybble.serve.settings import ServerSettings
 
@@ -35,7 +36,7 @@ class Host:
         self,
         load: Loader,
         settings: ServerSettings,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
@@ -79,8 +80,7 @@ class Host:
             self._on_failure()
             return
         await engine.__aenter__()
-        if self.metrics is not None:
-            self.metrics.watch(llm.engine)
+        self.metrics.watch(llm.engine)
         self._service = service
 
     def _log_failure(self) -> None:

@@ -7,25 +7,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from nybble.engine.engine import Engine
-
-
-class Metrics(Protocol):
-    """What the server tells of its requests: see metrics.py."""
-
-    @property
-    def content_type(self) -> str: ...
-    def watch(self, engine: Engine) -> None: ...
-    def arrived(self) -> None: ...
-    def first_token(self, seconds: float) -> None: ...
-    def token(self, seconds: float) -> None: ...
-    def finished(
-        self, reason: str, prompt_tokens: int, new_tokens: int, seconds: float
-    ) -> None: ...
-    def rejected(self, reason: str) -> None: ...
-    def render(self) -> bytes: ...
+from nybble.serve.metrics import Metrics
 
 
 @dataclass
@@ -33,7 +16,7 @@ class RequestRecord:
     """One HTTP request; `reason` is why its answer ended, where it had one."""
 
     id: str = "-"
-    metrics: Metrics | None = None
+    metrics: Metrics = field(default_factory=Metrics)
     begun: float = field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -45,26 +28,22 @@ class RequestRecord:
 
     def started(self) -> None:
         """The request was accepted: it runs or waits."""
-        if self.metrics is not None:
-            self.metrics.arrived()
+        self.metrics.arrived()
 
     def rejected(self, label: str) -> None:
         """The request never ran."""
-        if self.metrics is not None:
-            self.metrics.arrived()
-            self.metrics.rejected(label)
+        self.metrics.arrived()
+        self.metrics.rejected(label)
 
     def token(self, since: float | None) -> float:
         """A token came; since: when the one before it did. Returns the time."""
         now = time.perf_counter()
-        if self.metrics is not None:
-            if since is None:
-                self.metrics.first_token(now - self.begun)
-            else:
-                self.metrics.token(now - since)
+        if since is None:
+            self.metrics.first_token(now - self.begun)
+        else:
+            self.metrics.token(now - since)
         return now
 
     def finished(self, reason: str, prompt_tokens: int, new_tokens: int) -> None:
         self.reason, self.prompt_tokens, self.new_tokens = reason, prompt_tokens, new_tokens
-        if self.metrics is not None:
-            self.metrics.finished(reason, prompt_tokens, new_tokens, self.seconds)
+        self.metrics.finished(reason, prompt_tokens, new_tokens, self.seconds)

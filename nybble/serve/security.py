@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.serve.errors import ApiError, too_large, unauthorised, unknown_host
-from nybble.serve.record import Metrics, RequestRecord
+from nybble.serve.metrics import Metrics
+from nybble.serve.record import RequestRecord
 
 logger = logging.getLogger("nybble.serve")
 
@@ -25,10 +26,6 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
 def refusal(scope: Scope, error: ApiError) -> JSONResponse:
     """The answer to a request that goes no further, which is counted where it asked for text."""
     record: RequestRecord = scope["state"]["record"]
@@ -37,13 +34,13 @@ def refusal(scope: Scope, error: ApiError) -> JSONResponse:
         record.reason = error.label
         if scope["path"] in _GENERATING:
             record.rejected(error.label)
-    return error_response(error)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 class Recorder:
     """Gives each request an id (its own x-request-id where that is sane) and one log line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
 

@@ -13,7 +13,6 @@ import uvicorn
 from nybble.errors import ConfigError
 from nybble.serve.app import create_app
 from nybble.serve.host import Host, Loader
-from nybble.serve.record import Metrics
 from nybble.serve.settings import ServerSettings
 
 logger = logging.getLogger("nybble.serve")
@@ -25,7 +24,6 @@ _IDLE_SECONDS, _GOODBYE_SECONDS = 30, 5
 def run(
     load: Loader,
     settings: ServerSettings,
-    metrics: Metrics | None = None,
     announce: Callable[[str], None] = logger.info,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running answers finish and return.
@@ -35,7 +33,7 @@ def run(
     """
     listener = _listen(settings)
     with listener:
-        app = create_app(load, settings, metrics, on_failure=lambda: server.stop())
+        app = create_app(load, settings, on_failure=lambda: server.stop())
         config = uvicorn.Config(
             app,
             log_config=None,

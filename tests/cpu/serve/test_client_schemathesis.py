@@ -14,7 +14,6 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import serving
 
 from nybble.serve.app import create_app
-from nybble.serve.metrics import Metrics
 from nybble.serve.settings import ServerSettings
 
 EXAMPLES = 20
@@ -37,7 +36,7 @@ SETTINGS = settings(
 
 @pytest.fixture(scope="module")
 def server(llm):
-    with serving(llm, metrics=Metrics()) as running:
+    with serving(llm) as running:
         yield running
         running.wait_until_idle()
 

@@ -17,7 +17,6 @@ from nybble import LLM, SamplingParams
 from nybble.bench.load import Load, Target
 from nybble.bench.serve import summarise
 from nybble.bench.workload import fixed, take
-from nybble.serve.metrics import Metrics
 
 AT_REST = {
     "nybble_requests_running": 0,
@@ -32,7 +31,7 @@ def busy(tmp_path_factory):
     """Its context is so long that whoever is not stopped answers for minutes."""
     folder = toy.write_llama(tmp_path_factory.mktemp("toy"), max_position_embeddings=2**15)
     llm = LLM(folder, dtype="float32", threads=1, max_running=32)
-    with serving(llm, metrics=Metrics()) as running:
+    with serving(llm) as running:
         yield running
 
 
@@ -110,7 +109,7 @@ def test_bench_serve_understands_this_server(busy):
 
 
 def test_whoever_is_turned_away_at_the_door_is_counted_too(llm):
-    with serving(llm, metrics=Metrics(), api_key="secret", max_body=1000) as server:
+    with serving(llm, api_key="secret", max_body=1000) as server:
         headers = {"Authorization": "Bearer secret"}
         with server.client(headers=headers) as client:
             path = "/v1/chat/completions"
@@ -188,7 +187,7 @@ def test_shared_prefixes_change_no_answer(toy_folder):
     for shared in (True, False):
         llm = LLM(toy_folder, dtype="float32", threads=1)
         llm.engine.scheduler.share_prefixes = shared
-        with serving(llm, metrics=Metrics()) as server:
+        with serving(llm) as server:
             for _ in range(2):
                 clients = [lambda http, i=i: streamed(http, i, 16) for i in range(6)]
                 texts.append(run_clients(server, clients))
