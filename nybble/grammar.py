@@ -70,10 +70,6 @@ class GrammarCompiler:
         self._stop_ids = sorted(token for token in stop_ids if token < vocab_size)
         self._vocab_size = vocab_size
 
-    def json_object(self) -> Grammar:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
-
     def json_schema(self, schema: Mapping[str, Any], strict: bool = False) -> Grammar:
         """JSON that is valid under `schema`.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from nybble.errors import RequestError
-from nybble.grammar import Grammar, GrammarCompiler
+from nybble.grammar import Grammar
 from nybble.schema import check_schema
 from nybble.serve.chatfields import ResponseFormat
 from nybble.serve.daemon import in_daemon
 from nybble.serve.errors import busy, refused
 from nybble.serve.protocol import ChatRequest
 from nybble.serve.service import Service
-from nybble.serve.toolcalls import ToolUse, any_object
+from nybble.serve.toolcalls import ToolUse
 from nybble.tools import Layout, json_arguments
 
 COMPILE_SECONDS = 30.0
@@ -30,16 +31,18 @@ async def answer_grammar(
     wanted = body.response_format
     if wanted is not None and wanted.type == "text":
         wanted = None
+    if wanted is None and (use is None or not use.enforced):
+        return None
     field = "tools" if wanted is None else "response_format"
 
-    def make() -> Grammar | None:
-        if use is None:
-            return None if wanted is None else _json(wanted, service.grammars)
-        layout = use.layout(resumed=resumed, content=None if wanted is None else _content(wanted))
-        return None if layout is None else service.grammars.structure(layout)
+    def make() -> Grammar:
+        if use is not None:
+            content = None if wanted is None else _content(wanted)
+            return service.grammars.structure(use.layout(resumed=resumed, content=content))
+        assert wanted is not None
+        strict = wanted.json_schema is not None and wanted.json_schema.strict
+        return service.grammars.json_schema(_schema_of(wanted), strict)
 
-    if use is None and wanted is None:
-        return None
     try:
         return await _compiled(make, service.compiling)
     except TimeoutError as error:
@@ -51,9 +54,7 @@ async def answer_grammar(
         raise refused(field, str(error)) from error
 
 
-async def _compiled(
-    make: Callable[[], Grammar | None], compiling: asyncio.Semaphore
-) -> Grammar | None:
+async def _compiled(make: Callable[[], Grammar], compiling: asyncio.Semaphore) -> Grammar:
     """One at a time: a compilation cannot be broken off, so it has its turn until it ends by
     itself, whether or not anybody waits for it any more."""
     try:
@@ -67,14 +68,13 @@ async def _compiled(
         return await asyncio.shield(grammar)
 
 
-def _json(wanted: ResponseFormat, compiler: GrammarCompiler) -> Grammar:
-    if wanted.json_schema is None:
-        return compiler.json_object()
-    return compiler.json_schema(wanted.json_schema.json_schema, wanted.json_schema.strict)
-
-
 def _content(wanted: ResponseFormat) -> Layout:
-    if wanted.json_schema is None:
-        return any_object()
-    check_schema(wanted.json_schema.json_schema)
-    return json_arguments(wanted.json_schema.json_schema)
+    schema = _schema_of(wanted)
+    check_schema(schema)
+    return json_arguments(schema)
+
+
+def _schema_of(wanted: ResponseFormat) -> dict[str, Any]:
+    """What an answer is valid under: without a schema it is any object."""
+    given = wanted.json_schema
+    return {"type": "object", "additionalProperties": True} if given is None else given.json_schema

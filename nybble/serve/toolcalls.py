@@ -23,7 +23,6 @@ from nybble.tools import (
     ToolFormat,
     ToolParser,
     ToolPrompt,
-    json_arguments,
 )
 
 
@@ -54,8 +53,13 @@ class ToolUse:
     def stop(self) -> tuple[str, ...]:
         return self.format.stop
 
-    def layout(self, *, resumed: bool, content: Layout | None) -> Layout | None:
-        """What a reply must look like; None: like anything.
+    @property
+    def enforced(self) -> bool:
+        """Whether calls must be made, or made by a schema."""
+        return bool(self.forced) or any(tool.strict for tool in self.tools)
+
+    def layout(self, *, resumed: bool, content: Layout | None) -> Layout:
+        """What a reply must look like.
 
         content: what its text must look like where it calls no tool.
         """
@@ -70,9 +74,8 @@ class ToolUse:
             _check_schemas(self.tools)
             calls = self.format.forced(self.tools, resumed=resumed, many=self._many)
             return {"type": "or", "elements": [answer, calls]}
-        strict = [tool for tool in self.tools if tool.strict]
-        _check_schemas(strict)
-        return self.format.guarded(self.tools) if strict else None
+        _check_schemas(tool for tool in self.tools if tool.strict)
+        return self.format.guarded(self.tools)
 
     def speech(self, *, resumed: bool) -> Speech:
         """A reader for one choice."""
@@ -203,7 +206,3 @@ class Speech:
 
 def _new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
-
-
-def any_object() -> Layout:
-    return json_arguments({"type": "object", "additionalProperties": True})

@@ -226,7 +226,7 @@ def test_greedy_answers_too_and_max_tokens_cuts(llm, compiler):
 
 
 def test_a_json_object(llm, compiler):
-    grammar = compiler.json_object()
+    grammar = compiler.json_schema({"type": "object"})
     ends = [answer(llm, grammar, seed, 300) for seed in range(8)]
     assert all(text.startswith("{") for text, _ in ends)
     assert all(isinstance(json.loads(text), dict) for text, reason in ends if reason == "stop")

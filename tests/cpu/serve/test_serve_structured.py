@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from serving import serving, wait_for
 from talking import ASK, SCHEMA, TIME, TOOLS, schema_format
 
-CHAT_PATH = "/v1/chat/completions"
+from nybble.grammar import GrammarCompiler
 
 
 class Trip(BaseModel):
@@ -135,21 +135,35 @@ def test_a_compilation_that_takes_too_long(talkers, monkeypatch):
     assert caught.value.param == "response_format"
 
 
-def test_a_compilation_without_end_holds_up_nothing_but_compilations(llm, monkeypatch):
-    """Nor the server's own end, which would wait for a thread of asyncio's pool."""
+@pytest.fixture
+def stuck(monkeypatch):
+    """What lets compilations go on; a request gives up on them soon."""
+    go_on = threading.Event()
     monkeypatch.setattr("nybble.serve.structured.COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr(GrammarCompiler, "json_schema", lambda *_: go_on.wait())
+    return go_on
+
+
+def test_a_compilation_without_end_holds_up_other_compilations_alone(talkers, stuck, monkeypatch):
+    server = talkers["react"].server
     body = {"messages": ASK, "max_tokens": 1}
     wanted = {**body, "response_format": {"type": "json_object"}}
-    for ends in (True, False):
-        go_on = threading.Event()
-        with serving(llm) as server, server.client() as http:
-            service = server.host.service
-            with monkeypatch.context() as patch:
-                patch.setattr(service.grammars, "json_object", go_on.wait)
-                statuses = [http.post(CHAT_PATH, json=wanted).status_code for _ in range(2)]
-            assert statuses == [400, 429]
-            assert http.post(CHAT_PATH, json=body).status_code == 200
-            if ends:
-                go_on.set()
-                wait_for(lambda service=service: not service.compiling.locked())
-                assert http.post(CHAT_PATH, json=wanted).status_code == 200
+    with server.client() as http:
+
+        def status(body):
+            return http.post("/v1/chat/completions", json=body).status_code
+
+        assert [status(wanted), status(wanted)] == [400, 429]
+        assert [status(body), status({**body, "tools": TOOLS})] == [200, 200]
+        stuck.set()
+        wait_for(lambda: not server.host.service.compiling.locked())
+        monkeypatch.undo()
+        assert status(wanted) == 200
+
+
+def test_a_server_that_is_stopped_while_it_compiles_does_not_wait(llm, stuck):
+    """A thread of asyncio's pool would be waited for, here for ever."""
+    wanted = {"messages": ASK, "response_format": {"type": "json_object"}}
+    with serving(llm) as server, server.client() as http:
+        assert http.post("/v1/chat/completions", json=wanted).status_code == 400
+    stuck.set()
