@@ -17,8 +17,8 @@ from nybble.schema.pattern import check_pattern
 
 Schema = Mapping[str, Any]
 
-# What a schema may hold: a grammar's compilation takes time for each of them. Most of all, and
-# for as long as each is another one, for the limits.
+# What a schema may hold: a grammar's compilation takes time for each of them. A limit (a length, a
+# pattern, a multiple) takes seconds, once for each different one.
 MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 64, 10_000
 MAX_LIMITS = 8
 MAX_EXCLUSIVE = 50  # alternatives of a oneOf, each of which is compared with each
