@@ -102,8 +102,8 @@ class GrammarCompiler:
             import xgrammar
         except ImportError as error:
             raise ConfigError(
-                "Structured output needs xgrammar, which is not installed: pip install "
-                "'nybble[serve]'."
+                "Structured output needs xgrammar, which is not installed: run "
+                "`pip install '.[serve]'` in nybble's folder."
             ) from error
         if not self._stop_ids:
             raise RequestError("This model has no token that ends an answer: ask without a schema.")

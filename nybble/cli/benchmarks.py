@@ -35,10 +35,10 @@ def run(name: str, model: str, what: What, how: How, running: Running, as_json: 
     RunFolder(path, about)  # refuses the folder of another run
     tasks = _ready(_selected(name, what), name, what.settings())
     make_folder(path)
-    answerer, weights = _answerer(model, how, running)
+    answerer, found = _answerer(model, how, running)
     # Once more: lengths count in the tokens of this model now.
     tasks = _ready([task.name for task in tasks], name, what.settings(answerer))
-    folder = RunFolder(path, {**about, "weights": weights})
+    folder = RunFolder(path, {**about, **found})
     summaries: dict[str, Summary] = {}
     try:
         for task in tasks:
@@ -132,17 +132,21 @@ def _own(name: str, command: str, settings: Settings) -> Settings:
     return settings
 
 
-def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, str]:
-    """Who answers, and what its weights are called: Int4, Int8, 16-bit, or nothing."""
+def _answerer(model: str, how: How, running: Running) -> tuple[Answerer, dict[str, str]]:
+    """Who answers, and what is known of its weights: Int4, Int8 or 16-bit, and which ones."""
+    from nybble.checkpoint import Checkpoint
     from nybble.eval.answerers import Endpoint, LocalModel
 
     if how.endpoint:
-        return Endpoint(how.endpoint, model, how.decoding(), workers=how.batch), ""
+        return Endpoint(how.endpoint, model, how.decoding(), workers=how.batch), {"weights": ""}
     from nybble.cli.loading import load
 
     llm = load(model, running, quiet=False)
     quant = llm.config.quant
-    return LocalModel(llm, how.decoding()), f"Int{quant.bits}" if quant else "16-bit"
+    return LocalModel(llm, how.decoding()), {
+        "weights": f"Int{quant.bits}" if quant else "16-bit",
+        "checkpoint": Checkpoint.open(llm.folder).fingerprint(),
+    }
 
 
 def _about(model: str, what: What, how: How, running: Running) -> dict[str, Any]:

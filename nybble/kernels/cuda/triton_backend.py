@@ -76,6 +76,7 @@ def _kernels() -> ModuleType:
         from nybble.kernels.cuda import triton_gemm
     except ImportError as error:
         raise ConfigError(
-            f"The Triton kernels need the package {error.name}: pip install 'nybble[gpu]'."
+            f"The Triton kernels need the package {error.name}: run `pip install '.[gpu]'` in "
+            "nybble's folder."
         ) from error
     return triton_gemm

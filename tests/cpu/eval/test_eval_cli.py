@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from eval_mocks import Mock, searcher
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from nybble.cli.app import app
@@ -31,7 +33,10 @@ def gsm8k(tmp_path):
 def model(monkeypatch, tmp_path):
     """Stands in for a loaded model; answers 18, which is right once."""
     monkeypatch.chdir(tmp_path)
-    llm = SimpleNamespace(config=SimpleNamespace(quant=SimpleNamespace(bits=4)))
+    quant, folder = SimpleNamespace(bits=4), tmp_path / "model"
+    folder.mkdir()
+    save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    llm = SimpleNamespace(config=SimpleNamespace(quant=quant), folder=folder)
     monkeypatch.setattr("nybble.cli.loading.load", lambda *_, **__: llm)
     mock = Mock(lambda text: searcher(text) if "San Francisco" in text else "The answer is $18.")
     monkeypatch.setattr("nybble.eval.answerers.LocalModel", lambda *_: mock)
@@ -78,6 +83,15 @@ def test_a_run_is_continued_with_the_same_model_only(model, gsm8k, option, value
     assert result.exit_code == 1
     assert f"another run ({option[2:].replace('-', '_')} differ)" in result.stderr
     assert run(*arguments, "--threads", 2).exit_code == 0
+
+
+def test_a_run_is_not_continued_with_other_weights_of_the_same_name(model, gsm8k, tmp_path):
+    arguments = ("gsm8k", "demo", "--data", gsm8k, "--out", "r")
+    assert run(*arguments, "--limit", 2).exit_code == 0
+    save_file({"weight": torch.ones(3)}, tmp_path / "model" / "model.safetensors")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "another run (checkpoint differ)" in result.stderr
 
 
 @pytest.fixture
