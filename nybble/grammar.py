@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nybble.engine.constraint import WORD_BITS
 from nybble.errors import ConfigError, RequestError
 from nybble.schema import check_schema
 from nybble.tokenizer import Tokenizer
@@ -27,35 +28,57 @@ MAX_WHITESPACE = 32
 # In strings of limited length, xgrammar 0.2 lets control characters stand, which no JSON may.
 _LENGTH_CLASS, _STRING_CLASS = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
 _ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|.)")
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 _CACHE_BYTES = 2**26
 _SOURCE = re.compile(r"^(\[[\d:]+\] \S+?:\d+: )+")
+
+
+class Surrogates:
+    """Keeps answers UTF-8: xgrammar takes the three bytes of a surrogate for a character.
+
+    vocabulary: the bytes of each token, none of which holds a whole surrogate. openers end with
+    the first byte of one; allowed: the bit mask of what does not go on as one.
+    """
+
+    def __init__(self, vocabulary: Sequence[bytes], vocab_size: int) -> None:
+        self.openers = {i for i, token in enumerate(vocabulary) if token.endswith(b"\xed")}
+        closers = [i for i, token in enumerate(vocabulary) if b"\xa0" <= token[:1] <= b"\xbf"]
+        bits = torch.ones(-(-vocab_size // WORD_BITS), WORD_BITS, dtype=torch.int64)
+        bits.view(-1)[closers] = 0
+        self.allowed = (bits << torch.arange(WORD_BITS)).sum(1).to(torch.int32)
 
 
 class Grammar:
     """A compiled grammar. Any number of answers may follow it at a time."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
-        self._compiled = compiled
+    def __init__(self, compiled: xgrammar.CompiledGrammar, surrogates: Surrogates) -> None:
+        self._compiled, self._surrogates = compiled, surrogates
 
     def constraint(self) -> GrammarConstraint:
         """The engine's Constraint for one new request."""
         import xgrammar
 
-        return GrammarConstraint(xgrammar.GrammarMatcher(self._compiled))
+        return GrammarConstraint(xgrammar.GrammarMatcher(self._compiled), self._surrogates)
 
 
 class GrammarConstraint:
     """One answer's way through a grammar."""
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: xgrammar.GrammarMatcher, surrogates: Surrogates) -> None:
+        self._matcher, self._surrogates = matcher, surrogates
+        self._opened = False
 
     def fill(self, words: torch.Tensor) -> None:
         words.fill_(-1)  # xgrammar writes nothing where everything is allowed
         self._matcher.fill_next_token_bitmask(words)
+        if self._opened:
+            words &= self._surrogates.allowed
 
     def accept(self, token: int) -> bool:
-        return self._matcher.accept_token(token)
+        good = self._matcher.accept_token(token)
+        if good:
+            self._opened = token in self._surrogates.openers
+        return good
 
 
 class GrammarCompiler:
@@ -79,7 +102,8 @@ class GrammarCompiler:
         check_schema(schema)
         compiler = self._compiler  # says what is missing, before xgrammar is needed
         try:
-            return Grammar(compiler.compile_grammar(_json_grammar(schema, strict)))
+            compiled = compiler.compile_grammar(_json_grammar(schema, strict))
+            return Grammar(compiled, self._surrogates)
         except RuntimeError as error:
             raise _refused(error) from error
 
@@ -92,7 +116,7 @@ class GrammarCompiler:
         compiler = self._compiler
         try:
             tag = {"type": "structural_tag", "format": _with_grammars(layout)}
-            return Grammar(compiler.compile_structural_tag(tag))
+            return Grammar(compiler.compile_structural_tag(tag), self._surrogates)
         except RuntimeError as error:
             raise _refused(error) from error
 
@@ -108,17 +132,23 @@ class GrammarCompiler:
         if not self._stop_ids:
             raise RequestError("This model has no token that ends an answer: ask without a schema.")
         info = xgrammar.TokenizerInfo(
-            self._vocabulary(), vocab_size=self._vocab_size, stop_token_ids=self._stop_ids
+            self._vocabulary, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids
         )
         threads = min(8, os.cpu_count() or 1)
         return xgrammar.GrammarCompiler(info, max_threads=threads, cache_limit_bytes=_CACHE_BYTES)
 
+    @cached_property
     def _vocabulary(self) -> list[bytes]:
-        """The bytes of each token; control tokens, which no text contains, have none."""
+        """The bytes of each token; what no text contains, as control tokens, has none."""
         tokenizer = self._tokenizer
         silent = tokenizer.hidden_ids | tokenizer.unused_ids
         ids = range(min(self._vocab_size, tokenizer.vocab_size))
-        return [b"" if i in silent else tokenizer.decode_bytes([i]) for i in ids]
+        tokens = (b"" if i in silent else tokenizer.decode_bytes([i]) for i in ids)
+        return [b"" if _SURROGATE.search(token) else token for token in tokens]
+
+    @cached_property
+    def _surrogates(self) -> Surrogates:
+        return Surrogates(self._vocabulary, self._vocab_size)
 
 
 def _json_grammar(schema: Mapping[str, Any], strict: bool) -> str:

@@ -195,6 +195,37 @@ def test_strings_of_limited_length_hold_no_control_characters(llm, compiler):
         assert not allowed[llm.tokenizer.encode(chr(code))[0]]
 
 
+def may_begin(grammar, tokenizer, data):
+    """Whether an answer may begin with these bytes, a token each."""
+    known = set(range(tokenizer.vocab_size)) - tokenizer.hidden_ids - tokenizer.unused_ids
+    ids = {tokenizer.decode_bytes([i]): i for i in known}
+    constraint = grammar.constraint()
+    for token in (ids[bytes([byte])] for byte in data):
+        if not allowed_tokens([constraint], tokenizer.vocab_size, CPU)[0, token]:
+            return False
+        assert constraint.accept(token)
+    return True
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string"},
+        {"type": "string", "maxLength": 4},
+        {"type": "string", "pattern": "^[^a]+$"},
+        {"enum": ["[^\ud7ff", '"]', "[^"]},
+    ],
+)
+def test_no_answer_holds_bytes_that_are_no_text(llm, compiler, schema):
+    """Decoded, the three bytes of a surrogate are three characters: too many, or others."""
+    grammar = compiler.json_schema(schema)
+    texts = schema.get("enum", ["\ud7ff", "\ue000", "[^b]"])
+    for text in texts:
+        whole = json.dumps(text, ensure_ascii=False).encode()
+        assert may_begin(grammar, llm.tokenizer, whole)
+    assert not may_begin(grammar, llm.tokenizer, b'"\xed\xa0\x80')
+
+
 def test_answers_do_end(llm, compiler):
     """The property above is not empty."""
     schema = {
