@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toy import write_llama
 
 from nybble.checkpoint import Checkpoint, ahead
 from nybble.checkpoint.header import TensorInfo
 from nybble.errors import CheckpointError
-from tests.toy import write_llama
 
 BLOCK = 64
 
