@@ -13,14 +13,14 @@ from itertools import combinations
 from typing import Any
 
 from nybble.errors import RequestError
-from nybble.schema.pattern import check_pattern
+from nybble.schema.pattern import check_pattern, expanded
 
 Schema = Mapping[str, Any]
 
 # What a schema may hold: a grammar's compilation takes time for each of them. A limit (a length, a
-# pattern, a multiple) takes seconds, once for each different one.
+# pattern, a multiple) takes more with its size, up to some size, once for each different one.
 MAX_CHARACTERS, MAX_SUBSCHEMAS, MAX_DEPTH, MAX_SIZE = 65_536, 500, 64, 10_000
-MAX_LIMITS = 8
+MAX_LIMITS, MOST_OF_ONE = 2_048, 128
 MAX_EXCLUSIVE = 50  # alternatives of a oneOf, each of which is compared with each
 MAX_MULTIPLE, MAX_INTEGER = 1_024, 2**53
 
@@ -81,7 +81,7 @@ class Budget:
 
     def __init__(self) -> None:
         self.parts = 0
-        self.limits: set[object] = set()
+        self.limits: dict[object, int] = {}  # and what each takes, in characters
 
     def add_part(self) -> None:
         self.parts += 1
@@ -95,13 +95,17 @@ class Budget:
         for names in _LIMITS:
             limit = tuple((name, schema[name]) for name in names if name in schema)
             if limit:
-                self.limits.add(limit)
-        if len(self.limits) > MAX_LIMITS:
+                self.limits[limit] = min(max(_size(value) for _, value in limit), MOST_OF_ONE)
+        if sum(self.limits.values()) > MAX_LIMITS:
             raise RequestError(
-                f"There are over {MAX_LIMITS} different limits to enforce at a time (minLength, "
-                "maxLength, pattern, multipleOf): use the same for several parts, or leave some "
-                "out."
+                "The different limits to enforce at a time (minLength, maxLength, pattern, "
+                f"multipleOf) come to over {MAX_LIMITS:,} characters, {MOST_OF_ONE} at most for "
+                "each: use the same for several parts, or leave some out."
             )
+
+
+def _size(limit: str | int) -> int:
+    return expanded(limit) if isinstance(limit, str) else limit
 
 
 def check_schema(schema: object, budget: Budget | None = None) -> None:

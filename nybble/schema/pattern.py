@@ -45,6 +45,11 @@ def check_pattern(pattern: object, where: str) -> None:
         )
 
 
+def expanded(pattern: str) -> int:
+    """The length of a pattern that has been checked, with its repeats written out."""
+    return _expanded([(match.lastgroup or "", match[0]) for match in _PIECE.finditer(pattern)])
+
+
 def _refused(pieces: Sequence[tuple[str, str]]) -> Iterator[str]:
     for index, (kind, piece) in enumerate(pieces):
         match kind:

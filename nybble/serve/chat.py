@@ -43,7 +43,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ch
     params = service.params(body.sampling(), use.stop if use else ())
     ids = await service.chat_ids(prompt, body.chat_template_kwargs or {})
     resumed = bool(prompt.reply)
-    grammar = await answer_grammar(body, use, resumed, service)
+    grammar = await while_connected(request.receive, answer_grammar(body, use, resumed, service))
     constraint = grammar.constraint if grammar else None
     answers = service.start([ids], params, body.n, record_of(request), constraint=constraint)
     speeches = [use.speech(resumed=resumed) if use else Speech() for _ in range(body.n)]

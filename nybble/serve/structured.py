@@ -15,7 +15,7 @@ from nybble.serve.errors import busy, refused
 from nybble.serve.protocol import ChatRequest
 from nybble.serve.service import Service
 from nybble.serve.toolcalls import ToolUse
-from nybble.tools import Layout, json_arguments
+from nybble.tools import json_arguments
 
 COMPILE_SECONDS = 30.0
 
@@ -35,16 +35,9 @@ async def answer_grammar(
         return None
     field = "tools" if wanted is None else "response_format"
 
-    def make() -> Grammar:
-        if use is not None:
-            content = None if wanted is None else _content(wanted)
-            return service.grammars.structure(use.layout(resumed=resumed, content=content))
-        assert wanted is not None
-        strict = wanted.json_schema is not None and wanted.json_schema.strict
-        return service.grammars.json_schema(_schema_of(wanted), strict)
-
     try:
-        return await _compiled(make, service.compiling)
+        # What is refused at once does not wait for its turn.
+        return await _compiled(_maker(wanted, use, resumed, service), service.compiling)
     except TimeoutError as error:
         raise refused(
             field,
@@ -52,6 +45,25 @@ async def answer_grammar(
         ) from error
     except RequestError as error:
         raise refused(field, str(error)) from error
+
+
+def _maker(
+    wanted: ResponseFormat | None, use: ToolUse | None, resumed: bool, service: Service
+) -> Callable[[], Grammar]:
+    """What compiles the grammar; RequestError for a schema that is refused."""
+    schema = None if wanted is None else _schema_of(wanted)
+    if use is not None:
+        content = None
+        if schema is not None:
+            check_schema(schema)
+            content = json_arguments(schema)
+        layout = use.layout(resumed=resumed, content=content)
+        return lambda: service.grammars.structure(layout)
+    assert wanted is not None
+    assert schema is not None
+    check_schema(schema)
+    strict = wanted.json_schema is not None and wanted.json_schema.strict
+    return lambda: service.grammars.json_schema(schema, strict)
 
 
 async def _compiled(make: Callable[[], Grammar], compiling: asyncio.Semaphore) -> Grammar:
@@ -62,16 +74,19 @@ async def _compiled(make: Callable[[], Grammar], compiling: asyncio.Semaphore) -
             await compiling.acquire()
     except TimeoutError as error:
         raise busy("Schemas of other requests are being prepared: try again soon.") from error
-    grammar = in_daemon(make, "nybble-grammar")
-    grammar.add_done_callback(lambda _: compiling.release())
+    try:
+        grammar = in_daemon(make, "nybble-grammar")
+    except BaseException:  # no thread could be started, which would release it
+        compiling.release()
+        raise
+    grammar.add_done_callback(lambda done: _ended(done, compiling))
     async with asyncio.timeout(COMPILE_SECONDS):
         return await asyncio.shield(grammar)
 
 
-def _content(wanted: ResponseFormat) -> Layout:
-    schema = _schema_of(wanted)
-    check_schema(schema)
-    return json_arguments(schema)
+def _ended(grammar: asyncio.Future[Grammar], compiling: asyncio.Semaphore) -> None:
+    compiling.release()
+    grammar.exception()  # looked at here, for its request may be gone
 
 
 def _schema_of(wanted: ResponseFormat) -> dict[str, Any]:

@@ -196,20 +196,31 @@ def test_limits():
 @pytest.mark.parametrize(
     "limit",
     [
-        lambda i: {"type": "string", "maxLength": i},
-        lambda i: {"type": "string", "minLength": 1, "maxLength": 9 + i},
-        lambda i: {"type": "string", "pattern": f"a{{{i}}}"},
-        lambda i: {"type": "integer", "multipleOf": i},
+        lambda size: {"type": "string", "maxLength": size},
+        lambda size: {"type": "string", "minLength": 1, "maxLength": size},
+        lambda size: {"type": "string", "pattern": f"a{{{size}}}"},
+        lambda size: {"type": "integer", "multipleOf": size},
     ],
 )
 def test_each_different_limit_takes_time_to_compile(limit):
-    def tuples(count):
-        return {"type": "array", "prefixItems": [limit(i + 1) for i in range(count)]}
+    some, others = range(33, 65), (122, 123, 124, 127)
+    assert sum(some) + sum(others) == MAX_LIMITS
+
+    def tuples(*sizes):
+        return {"type": "array", "prefixItems": [limit(size) for size in sizes]}
 
     budget = Budget()
     for _ in range(3):
-        check_schema(tuples(MAX_LIMITS), budget)
+        check_schema(tuples(*some), budget)
+    check_schema(tuples(*others), budget)
     with pytest.raises(RequestError, match="use the same for several"):
-        check_schema(tuples(MAX_LIMITS + 1))
+        check_schema(limit(2), budget)  # as another tool's, beside the others
+    check_schema(limit(2))
+
+
+def test_a_large_limit_takes_no_more_than_a_middling_one():
+    fields = {f"p{i}": {"type": "string", "maxLength": 1000 + i} for i in range(16)}
+    check_schema({"type": "object", "properties": fields})
+    fields["more"] = {"type": "string", "maxLength": 1}
     with pytest.raises(RequestError, match="use the same for several"):
-        check_schema(limit(MAX_LIMITS + 1), budget)  # as another tool's, beside the others
+        check_schema({"type": "object", "properties": fields})

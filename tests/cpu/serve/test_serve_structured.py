@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import threading
 
+import httpx2
 import jsonschema
 import openai as api
 import pytest
@@ -167,3 +169,56 @@ def test_a_server_that_is_stopped_while_it_compiles_does_not_wait(llm, stuck):
     with serving(llm) as server, server.client() as http:
         assert http.post("/v1/chat/completions", json=wanted).status_code == 400
     stuck.set()
+
+
+def test_a_thread_that_cannot_start_takes_nobodys_turn(talkers, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("can't start new thread")
+
+    server = talkers["react"].server
+    wanted = {"messages": ASK, "max_tokens": 1, "response_format": {"type": "json_object"}}
+    with monkeypatch.context() as broken, server.client() as http:
+        broken.setattr("nybble.serve.structured.in_daemon", refused)
+        assert http.post("/v1/chat/completions", json=wanted).status_code == 500
+    with server.client() as http:
+        assert http.post("/v1/chat/completions", json=wanted).status_code == 200
+
+
+def test_who_hangs_up_gives_up_the_turn(talkers, monkeypatch):
+    go_on, compiled, real = threading.Event(), [], GrammarCompiler.json_schema
+
+    def counted(self, schema, *rest):
+        compiled.append(schema)
+        go_on.wait()
+        return real(self, schema, *rest)
+
+    monkeypatch.setattr(GrammarCompiler, "json_schema", counted)
+    server = talkers["react"].server
+    wanted = {"messages": ASK, "max_tokens": 1, "response_format": {"type": "json_object"}}
+    with server.client() as http:
+        for _ in range(5):
+            with pytest.raises(httpx2.TimeoutException):
+                http.post("/v1/chat/completions", json=wanted, timeout=0.3)
+        go_on.set()
+        assert http.post("/v1/chat/completions", json=wanted).status_code == 200
+    # The first, which cannot be broken off, the last, and perhaps one that had just hung up.
+    assert len(compiled) <= 3
+
+
+def test_a_compilation_that_fails_when_nobody_waits_is_no_noise(talkers, monkeypatch, caplog):
+    go_on = threading.Event()
+
+    def failing(*_):
+        go_on.wait()
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr("nybble.serve.structured.COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr(GrammarCompiler, "json_schema", failing)
+    server = talkers["react"].server
+    wanted = {"messages": ASK, "response_format": {"type": "json_object"}}
+    with server.client() as http:
+        assert http.post("/v1/chat/completions", json=wanted).status_code == 400
+    go_on.set()
+    wait_for(lambda: not server.host.service.compiling.locked())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
