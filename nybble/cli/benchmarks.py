@@ -163,8 +163,9 @@ def _about(model: str, what: What, how: How, running: Running) -> dict[str, Any]
         "top_p": how.top_p,
         "seed": how.seed,
         "max_tokens": how.max_tokens,
-        "endpoint": how.endpoint,
+        "endpoint": how.endpoint and how.endpoint.rstrip("/"),
         **{name: value for name, value in vars(running).items() if name != "threads"},
+        "device": running.device.partition(":")[0],  # cuda:1 is as good as cuda:0
         "version": __version__,
     }
 

@@ -34,8 +34,8 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)'
 )
-# What closes a call behind its arguments: models forget the tag.
-_TAIL = re.compile(rf"\s*\}}\s*({CLOSE})?")
+# What closes a call behind its arguments: models forget the tag, and write a brace too many.
+_TAIL = re.compile(rf"\s*\}}[\s}}]*({CLOSE})?")
 
 
 class HermesFormat:

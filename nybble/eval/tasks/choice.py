@@ -42,7 +42,9 @@ CHINESE = tuple(
 )
 _FINAL = re.compile(r"(?:(?i:answer(?:\s+is)?)|答案[是为]?)\W{0,6}([ABCD])(?![A-Za-z])")
 # "A cell divides": the first word of a sentence, and no letter; "A is right" and such are.
-_ARTICLE = re.compile(r"(?:^|(?<=[.!?:]\s))A(?=\s+(?!is\b|because\b|since\b)[a-z])", re.MULTILINE)
+_ARTICLE = re.compile(
+    r"(?:^|(?<=[.!?:]\s))A(?=[ \t]+(?!is\b|because\b|since\b)[a-z])", re.MULTILINE
+)
 _LONGEST_STEM = 4
 
 

@@ -79,6 +79,8 @@ def test_modern_takes_the_last_stated_answer():
         ("I cannot decide. A cell divides.", None),
         ("A. It divides.", "A"),
         ("A is the one.", "A"),
+        ("A\nthe cell divides.", "A"),
+        ("A\n\nexplanation: B is wrong because it rains", "A"),
         ("It has to be option A as it divides.", "A"),
         ("A cell divides, so D.", "D"),
     ],

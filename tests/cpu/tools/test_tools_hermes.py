@@ -98,6 +98,11 @@ REPLIES = {
         "",
         [("f", "{}"), ("g", "{}")],
     ),
+    "a brace too many": (
+        f"{call('f', '{}}')}\n{call('g', '{}')} yes",
+        " yes",
+        [("f", "{}"), ("g", "{}")],
+    ),
     "more than a name and arguments": (
         '<tool_call>{"name": "f", "arguments": {}, "id": "}"}</tool_call> yes',
         " yes",
