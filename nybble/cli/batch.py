@@ -63,7 +63,7 @@ def run(
     with Answers(target, _about(model, folder, rows, sampling)) as answers:
         if answers and not quiet:
             console.note(f"{len(answers):,} of {len(rows):,} rows are answered already.")
-        llm = load(str(folder), running, quiet)
+        llm = load(model, running, quiet)
         try:
             with console.ProgressBar() as bar:
                 params = sampling.params(llm.default_params)
