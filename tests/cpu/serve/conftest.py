@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from weakref import WeakKeyDictionary
 
 import pytest
 import talking
@@ -89,12 +90,12 @@ def say(talker, monkeypatch):
     def script(text):
         tokenizer = talker.llm.tokenizer
         ids = [*tokenizer.encode(text), tokenizer.special_tokens["<|im_end|>"]]
-        said = {}
+        said = WeakKeyDictionary()  # an ended answer's place in memory may be another's next
 
         def choose(logits, states):
             for state in states:
-                said[id(state)] = said.get(id(state), -1) + 1
-            return [ids[said[id(state)]] for state in states]
+                said[state] = said.get(state, -1) + 1
+            return [ids[said[state]] for state in states]
 
         monkeypatch.setattr(talker.llm.engine._sampler, "choose", choose)
 
