@@ -42,7 +42,7 @@ def demo_folder(name: str, progress: Progress | None = None) -> Path:
     """The folder of `demo` or `demo-base`, made on first use (93 MB are downloaded)."""
     base, folder = location("demo-base"), location(name)
     with file_errors(folder.parent):
-        if not base.exists():
+        if not folder.exists() and not base.exists():
             _import(base, progress)
         if not folder.exists():
             _quantize(base, folder, progress)
