@@ -82,15 +82,20 @@ class Answers:
                     file.write(self._file.readline())
                 file.flush()
                 os.fsync(file.fileno())
-            self._take_name()
-            sorted_part.replace(self.output)
+            self._publish(sorted_part)
             self.journal.unlink()
 
-    def _take_name(self) -> None:
+    def _publish(self, whole: Path) -> None:
+        """Under the output's name, all of it at once, and never in another file's place."""
         try:
-            self.output.touch(exist_ok=False)
+            os.link(whole, self.output)
+            whole.unlink()
         except FileExistsError as error:
             raise self._exists() from error
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self.output):
+                raise self._exists() from None
+            whole.replace(self.output)
 
     def _exists(self) -> ConfigError:
         return ConfigError(f"{self.output} exists: move it away, or give --output another name.")

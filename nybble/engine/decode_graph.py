@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,18 @@ from nybble.model.rope import Positions
 _SHORTEST = 1024
 
 
+@cache
+def _stream(device: torch.device) -> Any:
+    """One for all engines of a GPU: libraries keep memory for each stream for good."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Capture:
     """Where graphs that run at different times are captured: one stream and one pool of memory.
 
-    Libraries keep memory for each stream for good, so that the warm-up runs on the same one. A
-    pool whose last graph is gone cannot be captured into again.
+    The warm-up runs on the same stream. A pool whose last graph is gone cannot be captured into
+    again.
     """
 
     device: torch.device
@@ -35,8 +42,7 @@ class Capture:
 
     @classmethod
     def on(cls, device: torch.device) -> Capture:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return cls(device, stream, torch.cuda.graph_pool_handle())
+        return cls(device, _stream(device), torch.cuda.graph_pool_handle())
 
     def emptied(self) -> Capture:
         """For the graphs that come after all that were captured here have been dropped."""

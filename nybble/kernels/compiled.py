@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from nybble.paths import cache_dir
@@ -35,5 +36,6 @@ def write_checked(path: Path, code: bytes) -> None:
             file.write(code + hashlib.sha256(code).digest())
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        with suppress(FileNotFoundError):  # renamed already
+            os.unlink(partial)
         raise

@@ -208,3 +208,18 @@ def test_refusals():
             many,
             1.0,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_little_shared_memory(kind, dtype, monkeypatch):
+    """As on compute capability 8.6, 8.9 and 12.0."""
+    build = PagedAttention.__init__
+
+    def small(self, *args, **options):
+        build(self, *args, **options)
+        self._block_shared = 98 * 1024
+
+    monkeypatch.setattr(PagedAttention, "__init__", small)
+    compare([200, 1, 130], [500, 700, 130], heads=(4, 2), kind=kind, dtype=dtype, hopper=False)
+    compare([1] * 3, [700, 33, 3000], heads=(4, 2), kind=kind, dtype=dtype)

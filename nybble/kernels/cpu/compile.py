@@ -38,6 +38,9 @@ def load(extra: tuple[str, ...] = ()) -> ctypes.CDLL:
         cached = kernel_path(f"{_key(compiler, flags)}.so")
         if read_checked(cached) is not None:  # a damaged one could crash dlopen
             return _open(cached)
+        complaint = _refusal(compiler, flags)
+        if complaint:
+            continue
         code, complaint = _compile(compiler, flags)
         if code is not None:
             return _kept(cached, code)
@@ -103,6 +106,15 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("model name", "flags", "Features", "CPU part", "isa")
     return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def _refusal(compiler: list[str], flags: tuple[str, ...]) -> str:
+    """Why not even an empty file can be built so: known in a fraction of the kernels' time."""
+    header = ("-include", "omp.h") if "-fopenmp" in flags else ()
+    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+        target = str(Path(folder) / "empty.so")
+        rest = ("-fPIC", "-shared", "-x", "c", os.devnull, "-o", target)
+        return _run([*compiler, *flags, *header, *rest]) or ""
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...]) -> tuple[bytes | None, str]:

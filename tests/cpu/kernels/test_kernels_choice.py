@@ -21,9 +21,10 @@ LOAD = "from nybble.kernels.cpu.library import Library; print(Library.load().isa
 
 @pytest.fixture
 def quick_compiler(tmp_path, monkeypatch):
-    """The real compiler without optimisation, in a fresh cache; it counts its calls."""
+    """The real compiler without optimisation, in a fresh cache; it counts the kernels it builds."""
     real, log, wrapper = shutil.which("cc"), tmp_path / "calls", tmp_path / "cc"
-    wrapper.write_text(f'#!/bin/sh\necho called >> "{log}"\nexec {real} "$@" -O0\n')
+    count = f'case "$*" in *matmul.c*) echo called >> "{log}";; esac'
+    wrapper.write_text(f'#!/bin/sh\n{count}\nexec {real} "$@" -O0\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapper))
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
@@ -195,20 +196,35 @@ def test_the_objects_are_loaded_beside_torchs_openmp():
 
 def test_a_compiler_that_failed_once_is_asked_again(tmp_path, monkeypatch):
     """Nothing lesser that it made meanwhile is taken for good."""
-    real, attempts = compile._run, []
+    real, built = compile._run, []
 
     def failing_once(command):
-        attempts.append(command)
-        return "out of memory" if len(attempts) == 1 else real(command)
+        if not any(part.endswith("matmul.c") for part in command):
+            return real(command)
+        built.append(command)
+        return "out of memory" if len(built) == 1 else real(command)
 
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
     monkeypatch.setattr(compile, "_run", failing_once)
+    for count in (2, 3, 3):
+        compile.load()
+        assert len(built) == count
+
+
+def test_flags_that_a_compiler_lacks_cost_little(tmp_path, monkeypatch):
+    """Known from an empty file, at every start: no kernels are built to find it out."""
+    real, built = compile._run, []
+
+    def without_openmp(command):
+        built.append(any(part.endswith("matmul.c") for part in command))
+        return "no omp.h" if "-fopenmp" in command else real(command)
+
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile, "_run", without_openmp)
     compile.load()
-    assert [compile.ATTEMPTS[i][0] in command for i, command in enumerate(attempts)] == [True, True]
+    assert built == [False, False, True]
     compile.load()
-    assert len(attempts) == 3
-    compile.load()
-    assert len(attempts) == 3
+    assert built == [False, False, True, False]
 
 
 def test_a_cache_without_hard_links_is_used(tmp_path, monkeypatch):
