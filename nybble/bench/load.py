@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from nybble.address import fits_header, is_address
 from nybble.bench.workload import Job
 from nybble.errors import ConfigError
 
@@ -73,14 +74,9 @@ class _FailedError(Exception):
 
 def base_url(url: str) -> str:
     """The address that ends in /v1, which may be left out where there is no other path."""
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is none, half an IPv6 address
-        sound = False
-    if not sound or not url.isprintable() or " " in url:
+    if not is_address(url):
         raise ConfigError(f"URL is {url!r}: give one such as http://127.0.0.1:8000/v1.")
-    return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+    return url.rstrip("/") if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 def first_model(url: str, api_key: str | None) -> str:
@@ -227,6 +223,6 @@ def _kind(error: httpx2.HTTPError) -> str:
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    if api_key and not (api_key.isascii() and api_key.isprintable()):
+    if api_key and not fits_header(api_key):
         raise ConfigError("--api-key is no key: it has characters that no header can hold.")
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}

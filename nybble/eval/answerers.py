@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
+from nybble.address import fits_header, is_address
 from nybble.errors import ConfigError, RequestError
 from nybble.eval.task import Prompt
 from nybble.eval.text import words
@@ -235,19 +235,14 @@ class Endpoint:
 
 
 def _checked_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is none, half an IPv6 address
-        sound = False
-    if not sound or not url.isascii() or not url.isprintable() or " " in url:
+    if not is_address(url):
         raise ConfigError(f"--endpoint is {url!r}: give a URL such as http://localhost:8000/v1.")
     return url.rstrip("/")
 
 
 def _authorization() -> dict[str, str]:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key.isascii() or not key.isprintable():
+    if not fits_header(key):
         raise ConfigError("OPENAI_API_KEY is no key: it has characters that no header can hold.")
     return {"Authorization": f"Bearer {key}"} if key else {}
 

@@ -61,7 +61,7 @@ class Recorder:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # only noted: the framework around this answers with it, and logs it
             status = 500
             raise
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from nybble.address import fits_header
 from nybble.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.names or not all(self.names):
             raise ConfigError("The model has no name to serve: give one with --served-name.")
-        if self.api_key is not None and not _can_be_sent(self.api_key):
+        if self.api_key is not None and not (self.api_key and fits_header(self.api_key)):
             raise ConfigError(
                 "The API key must be printable ASCII without space around it (a line break at its "
                 "end, say), as no client could send it: choose another one."
@@ -55,11 +56,6 @@ class ServerSettings:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is {getattr(self, name)}: give more than 0.")
-
-
-def _can_be_sent(key: str) -> bool:
-    """Whether a key fits into a header."""
-    return key != "" and key.isascii() and key.isprintable() and key == key.strip()
 
 
 def is_loopback(host: str) -> bool:
