@@ -13,7 +13,7 @@ from nybble.cache.sizes import bytes_per_token, cache_bytes, fitting_tokens
 from nybble.checkpoint import TensorInfo
 from nybble.config import KV_OPEN, EngineConfig, ModelConfig
 from nybble.errors import CapacityError
-from nybble.kernels.cuda.linear import SLAB_BYTES
+from nybble.kernels.cuda.dense import SLAB_BYTES
 
 KV_KINDS = {"fp16": "float16", "int8": "int8", "int6": "int6", "int4": "int4"}
 """The forms of KV cache that are reported, and their kind."""

@@ -218,12 +218,18 @@ class Backend(Protocol):
         ...
 
     def attention(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
+        self,
+        q: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+        scale: float,
+        reader: LinearFn | None = None,
     ) -> torch.Tensor:
         """Causal attention of every sequence over its own keys. Softmax in fp32.
 
         q (tokens, heads, head_dim) -> (tokens, heads * head_dim). Row i of the n new ones of
-        sequence s sees its keys 0 .. lengths[s] - n + i.
+        sequence s sees its keys 0 .. lengths[s] - n + i. reader: the only linear that will be
+        given the result, which may then be in an order that this one reads faster.
         """
         ...
 
@@ -242,11 +248,24 @@ class Backend(Protocol):
         ...
 
     def gate_up_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
-        """quant_linear for a matrix of gate, then up, outputs that only `swiglu` will use."""
+        """quant_linear for a matrix of gate, then up, outputs that only `add_mlp` will use."""
         ...
 
-    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
-        """silu_mul(gate_up(x)), in one pass where the linear can."""
+    def norm_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, linear: LinearFn
+    ) -> torch.Tensor:
+        """linear(rms_norm(x))."""
+        ...
+
+    def add_mlp(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        gate_up: LinearFn,
+        down: LinearFn,
+    ) -> torch.Tensor:
+        """x + down(silu_mul(gate_up(rms_norm(x)))). x may be overwritten."""
         ...
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:

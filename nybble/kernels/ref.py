@@ -116,7 +116,12 @@ class RefBackend:
         return turned.to(q.dtype)
 
     def attention(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
+        self,
+        q: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+        scale: float,
+        reader: LinearFn | None = None,
     ) -> torch.Tensor:
         out = torch.empty_like(q)  # (tokens, heads, head_dim)
         for rows, _, keys, values in ref_cache.sequences(layer, batch):
@@ -163,8 +168,21 @@ class RefBackend:
     def gate_up_linear(self, matrix: QuantMatrix, bias: torch.Tensor | None) -> LinearFn:
         return self.quant_linear(matrix, bias)
 
-    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
-        return self.silu_mul(gate_up(x))
+    def norm_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, linear: LinearFn
+    ) -> torch.Tensor:
+        return linear(self.rms_norm(x, weight, eps))
+
+    def add_mlp(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        gate_up: LinearFn,
+        down: LinearFn,
+    ) -> torch.Tensor:
+        gated = self.silu_mul(self.norm_linear(x, weight, eps, gate_up))
+        return self.add_linear(x, down, gated)
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
         return linear(x).add_(residual)

@@ -83,20 +83,20 @@ class Decoder:
         last: only the last token of each sequence, (sequences, hidden); keys and values of all.
         """
         layer, ops, eps = self.layers[index], self.backend, self.config.norm_eps
-        attended = self.attention(index, ops.rms_norm(x, layer.input_norm, eps), step, last=last)
+        attended = self.attention(index, x, step, last=last)
         if last:
             x = x.index_select(0, step.batch.ends)
         x = ops.add_linear(x, layer.o_proj, attended)
-        h = ops.rms_norm(x, layer.post_norm, eps)
-        return ops.add_linear(x, layer.down_proj, ops.swiglu(layer.gate_up_proj, h))
+        return ops.add_mlp(x, layer.post_norm, eps, layer.gate_up_proj, layer.down_proj)
 
     def attention(
         self, index: int, x: torch.Tensor, step: Step, *, last: bool = False
     ) -> torch.Tensor:
-        """x (tokens, hidden), normed -> (tokens, q_size): what o_proj is given. last: see block."""
+        """x (tokens, hidden) -> what o_proj is given. last: see block."""
         layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = layer.qkv_proj(x).view(len(x), -1, config.head_dim)
+        qkv = self.backend.norm_linear(x, layer.input_norm, config.norm_eps, layer.qkv_proj)
+        qkv = qkv.view(len(x), -1, config.head_dim)
         q, k, v = qkv.split_with_sizes(heads, 1)  # (tokens, heads, head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)
@@ -113,7 +113,7 @@ class Decoder:
             q = (q * at.query_scale).to(q.dtype)
         if last:
             q, batch = q.index_select(0, batch.ends), batch.of_ends()
-        return self.backend.attention(q, cache, batch, scale)
+        return self.backend.attention(q, cache, batch, scale, reader=layer.o_proj)
 
     @torch.inference_mode()
     def trace(self, ids: torch.Tensor, step: Step) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from paged_samples import empty_layer, make_batch, pages_of, relative_error
+from paged_samples import empty_layer, fill, make_batch, pages_of, relative_error
 from toy import write_llama
 
 from nybble import LLM, SamplingParams
@@ -58,6 +58,41 @@ def test_products(random):
         assert bool(fast.choose(matrix).refused) == (group_size == 96)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_parts_of_a_block_give_what_their_steps_give(permuted, dtype, random):
+    """Also where one part leaves its result in the order that the next one reads."""
+    backend = CudaBackend("cuda", dtype)
+
+    def matrix(inputs: int, outputs: int):
+        made = random_matrix(inputs, outputs, scale=0.01, scale_dtype=dtype, random=random)
+        order = torch.randperm(inputs, device="cuda", generator=random)
+        return dataclasses.replace(made, perm=order) if permuted else made
+
+    gate_up = backend.gate_up_linear(matrix(512, 2 * 1216), None)
+    down, qkv = (backend.quant_linear(matrix(*shape), None) for shape in ((1216, 512), (512, 600)))
+    weight = torch.rand(512, device="cuda").to(dtype)
+    for tokens in (1, 20, 70, 300, 1000, 1100, 2001):
+        x = torch.randn(tokens, 512, device="cuda").to(dtype)
+        normed = backend.rms_norm(x, weight, 1e-6)
+        assert torch.equal(backend.norm_linear(x, weight, 1e-6, qkv), qkv(normed))
+        want = down(gate_up(normed), x)
+        assert torch.equal(backend.add_mlp(x, weight, 1e-6, gate_up, down), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[1], [100], [1500], [1100, 30]])
+def test_attention_in_the_order_of_its_reader(lengths, kind, random):
+    backend = CudaBackend("cuda")
+    o_proj = backend.quant_linear(random_matrix(4 * 128, 200, scale=0.02, random=random), None)
+    batch = make_batch(lengths, lengths)
+    layer = empty_layer(kind, pages_of(lengths), 2, 128)
+    fill(layer, batch, lengths)
+    q = torch.randn(sum(lengths), 4, 128, device="cuda").half()
+    want = o_proj(backend.attention(q, layer, batch, 0.1))
+    assert torch.equal(o_proj(backend.attention(q, layer, batch, 0.1, reader=o_proj)), want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_self_test_passes(head_dim, kind):
@@ -77,8 +112,8 @@ class Broken(CudaBackend):
             out[0, -1] += 40
         return out
 
-    def attention(self, q, layer, batch, scale):
-        out = super().attention(q, layer, batch, scale)
+    def attention(self, q, layer, batch, scale, reader=None):
+        out = super().attention(q, layer, batch, scale, reader)
         if self.fault == "attention":
             out[-1] = out[0]
         return out

@@ -9,10 +9,10 @@ import torch
 
 from nybble.errors import ConfigError
 from nybble.kernels import ref
-from nybble.kernels.cuda import linear as cuda_linear
-from nybble.kernels.cuda.linear import CudaLinear, layout_of
+from nybble.kernels.cuda import dense as cuda_dense
+from nybble.kernels.cuda.linear import CudaLinear
 from nybble.kernels.cuda.packing import pack
-from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan, fitted
+from nybble.kernels.cuda.plans import ALL_PLANS, HopperPlan, fitted, layout_of
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.matrix import QuantMatrix
 
@@ -163,8 +163,9 @@ def test_bias_and_residual(tokens, paired, random):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_dense_product_in_slabs(paired, random, monkeypatch):
-    monkeypatch.setattr(cuda_linear, "SLAB_BYTES", 3 * 16 * 256 * 2)  # three tiles of this matrix
-    matrix = random_matrix(256, 200, random=random)
+    monkeypatch.setattr(cuda_dense, "SLAB_BYTES", 3 * 16 * 256 * 2)  # three tiles of this matrix
+    # Scales that fp16 may not hold go by cuBLAS on every GPU.
+    matrix = random_matrix(256, 200, scale_dtype=torch.float32, random=random)
     bias = torch.randn(200, device="cuda").half()
     linear = CudaLinear(matrix, bias, paired=paired)
     x = inputs_for(matrix, 1500, torch.float16)
@@ -172,6 +173,21 @@ def test_dense_product_in_slabs(paired, random, monkeypatch):
     want = product(x, matrix) + bias.double()
     want = (silu_mul(want) if paired else want) + residual.double()
     assert_close(linear(x, residual), want)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("inputs", [2048, 24576])
+def test_tiles_shared_by_blocks(inputs, paired, random):
+    """A wave that would be partly filled: its tiles have up to nine blocks, which add up."""
+    matrix = random_matrix(inputs, 600, random=random)
+    linear = CudaLinear(matrix, paired=paired)
+    for tokens in (1100, 2500, 6144):
+        x = inputs_for(matrix, tokens, torch.float16)
+        want = product(x, matrix)
+        poison(tokens, linear.outputs)
+        got = linear(x)
+        assert_close(got, silu_mul(want) if paired else want)
+        assert all(torch.equal(got, linear(x)) for _ in range(5))
 
 
 def test_permuted_inputs_with_padding(random):
@@ -229,10 +245,10 @@ def test_graph_of_a_chain(tokens, dependent, random):
 
 def test_dequantize(random):
     matrix = random_matrix(320, 72, group_size=32, symmetric=False, random=random)
-    plain = CudaLinear(matrix).dequantize()
+    plain = CudaLinear(matrix).dense.dequantize()
     want = ref.dequantize(matrix).t()
     assert torch.equal(plain[:72], want.half())
-    paired = CudaLinear(matrix, paired=True).dequantize()
+    paired = CudaLinear(matrix, paired=True).dense.dequantize()
     assert torch.equal(paired[:36], want[:36].half())
     assert torch.equal(paired[40:76], want[36:].half())
 

@@ -100,7 +100,12 @@ class CpuBackend(RefBackend):
         return _checked(rotated, self.functions.rope_store(ctypes.addressof(arguments), threads))
 
     def attention(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
+        self,
+        q: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+        scale: float,
+        reader: LinearFn | None = None,
     ) -> torch.Tensor:
         return self._attend_pages(q, layer, batch, scale)
 

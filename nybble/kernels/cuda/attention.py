@@ -12,6 +12,7 @@ import torch
 from nybble.config import KV_BITS
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels.backend import Batch, KVLayer, Partial
+from nybble.kernels.cuda.arranged import arranged, rows_of
 from nybble.kernels.cuda.launch import Kernel, kernel
 
 HEAD_DIMS = (64, 128)
@@ -51,6 +52,7 @@ class _PrefillArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "out")),
         *((name, ctypes.c_int) for name in ("heads", "query_tiles")),
         ("scale", ctypes.c_float),
+        ("out_rows", ctypes.c_int),  # of attention_hopper.cu; padding elsewhere
         ("lse", ctypes.c_void_p),
     )
 
@@ -66,7 +68,10 @@ class _RopeArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Results:
-    """What a call writes, (tokens, heads * head_dim) and (tokens, heads): see partial.cuh."""
+    """What a call writes, (tokens, heads * head_dim) and (tokens, heads): see partial.cuh.
+
+    out may be arranged (arranged.cuh) where attention_hopper.cu alone writes it.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor | None = None
@@ -233,11 +238,17 @@ class PagedAttention:
         run.launch((blocks, 1), 32 * _ROPE_WARPS, arguments, dependent=self._dependent)
         return out
 
-    def __call__(self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float) -> torch.Tensor:
-        """See Backend.attention."""
-        results = _Results(torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device))
-        self._attend(q, layer, batch, scale, results)
-        return results.out
+    def __call__(
+        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, arranged_rows: int = 0
+    ) -> torch.Tensor:
+        """See Backend.attention. arranged_rows: the result may be arranged, in so many rows."""
+        prompt = batch.max_query > 1 and batch.sequences == 1
+        if arranged_rows and prompt and self._on_hopper(q):
+            out = arranged(len(q), q.shape[1] * q.shape[2], arranged_rows, q)
+        else:
+            out = torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device)
+        self._attend(q, layer, batch, scale, _Results(out))
+        return out
 
     def partial(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
@@ -301,10 +312,11 @@ class PagedAttention:
             _cache_of(layer, batch),
             *_pointers(q, results.out),
             *(heads, query_tiles, scale * _LOG2_E),
+            rows_of(results.out) if results.out.dim() == 3 else 0,
             *_pointers(results.lse),
         )
         defines = results.defines()
-        if self._hopper and head_dim == 128:  # the source says why
+        if self._on_hopper(q):
             name, threads = "attention_hopper", 384
             shared_bytes = _hopper_bytes(layer.kind, head_dim)
         else:
@@ -314,6 +326,9 @@ class PagedAttention:
         run = self._kernel(name, layer, defines, shared_bytes)
         blocks = query_tiles * heads * len(batch.lengths)
         run.launch((blocks, 1), threads, arguments, dependent=self._dependent)
+
+    def _on_hopper(self, q: torch.Tensor) -> bool:
+        return self._hopper and q.shape[-1] == 128  # attention_hopper.cu says why
 
     def _check(self, q: torch.Tensor, layer: KVLayer) -> None:
         if q.shape[-1] not in HEAD_DIMS:
@@ -355,8 +370,10 @@ def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:
 
 
 def _heads_in_a_row(x: torch.Tensor) -> torch.Tensor:
-    """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another and
+    pairs of numbers can be read at once."""
+    even = x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and even else x.contiguous()
 
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:

@@ -6,6 +6,7 @@
 //
 // Tiles lie in blocks of 64 rows of 64 dimensions (128 bytes) with their 16-byte chunks exchanged
 // (chunk ^ row % 8), as `wgmma` reads them. PTX ISA, "Matrix descriptor".
+#include "arranged.cuh"
 #include "partial.cuh"
 
 // With 64 dimensions ptxas 13.0 gives the queries and the probabilities the same registers, though
@@ -28,9 +29,10 @@ constexpr int kCodeBytes = kCodes ? kScalesAt + 2 * kKeys * kScaleBytes : 0;  //
 struct Args {
     Cache cache;
     const u16* q;  // (tokens, heads, HEAD_DIM)
-    u16* out;      // likewise
+    u16* out;      // likewise, or as arranged.cuh has it
     int heads, query_tiles;
     float scale;   // times log2(e)
+    int out_rows;  // of an `out` that is arranged, or 0
 #if PARTIAL
     float* lse;  // (tokens, heads): ln of the sums that the outputs were divided by
 #endif
@@ -330,6 +332,23 @@ __device__ __forceinline__ void take_exponentials(Sums& sums, float (&c)[kKeys /
     }
 }
 
+// Row g + 8 * h of a warp times factor, of which lane t holds just the t-th chunk of each 32 columns.
+__device__ __forceinline__ void write_arranged(const Args& a, const Work& w, const Sums& sums, int row,
+                                               int h, float factor) {
+    constexpr int kHalves = HEAD_DIM / 32;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+        u32 word[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const float* o = sums.o + 4 * (4 * half + t) + 2 * h;
+            word[t] = activation_pair(o[0] * factor, o[1] * factor);
+        }
+        *arranged_chunk(a.out, a.out_rows, w.start + row + 8 * h, w.head * kHalves + half,
+                        threadIdx.x % 4) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
 __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& sums, int row, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -339,6 +358,10 @@ __device__ __forceinline__ void write_out(const Args& a, const Work& w, Sums& su
         if (row + 8 * h >= w.rows) continue;
         const bool blind = CLOSED && last_key(w.position(row + 8 * h)) < 0;
         const float factor = 1.f / weight;
+        if (!PARTIAL && a.out_rows) {
+            write_arranged(a, w, sums, row, h, factor);
+            continue;
+        }
         const size_t at = size_t(w.start + row + 8 * h) * a.heads + w.head;
         u16* to = a.out + at * HEAD_DIM;
 #pragma unroll

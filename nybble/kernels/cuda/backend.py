@@ -65,9 +65,15 @@ class CudaBackend:
         return self._attention.rope_store(q, k, v, cos, sin, layer, batch)
 
     def attention(
-        self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float
+        self,
+        q: torch.Tensor,
+        layer: KVLayer,
+        batch: Batch,
+        scale: float,
+        reader: LinearFn | None = None,
     ) -> torch.Tensor:
-        return self._attention(q, layer, batch, scale)
+        rows = 0 if reader is None else _arranged_rows(reader, len(q))
+        return self._attention(q, layer, batch, scale, rows)
 
     def partial_attention(
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, *, closed: bool
@@ -94,10 +100,31 @@ class CudaBackend:
             return CudaLinear(matrix, dtype=self.dtype, paired=True)
         return self.quant_linear(matrix, bias)
 
-    def swiglu(self, gate_up: LinearFn, x: torch.Tensor) -> torch.Tensor:
+    def norm_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, linear: LinearFn
+    ) -> torch.Tensor:
+        return linear(self._normed(x, weight, eps, linear))
+
+    def add_mlp(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        gate_up: LinearFn,
+        down: LinearFn,
+    ) -> torch.Tensor:
+        normed = self._normed(x, weight, eps, gate_up)
         if isinstance(gate_up, CudaLinear) and gate_up.matrix.paired:
-            return gate_up(x)
-        return self.silu_mul(gate_up(x))
+            gated = gate_up.swiglu(normed, _arranged_rows(down, len(x)))
+        else:
+            gated = self.silu_mul(gate_up(normed))
+        return self.add_linear(x, down, gated)
+
+    def _normed(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, linear: LinearFn
+    ) -> torch.Tensor:
+        """What only this linear will read: arranged, where that spares it a copy."""
+        return self._rows.rms_norm(x, weight, eps, _arranged_rows(linear, len(x)))
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
         if isinstance(linear, CudaLinear):
@@ -118,6 +145,10 @@ class CudaBackend:
     def head_linear(self, weight: torch.Tensor, exact: bool = False) -> LinearFn:
         """In 16 bits: cuBLAS reads it at nearly the memory's speed."""
         return self.dense_linear(weight, None)
+
+
+def _arranged_rows(linear: LinearFn, tokens: int) -> int:
+    return linear.arranged_rows(tokens) if isinstance(linear, CudaLinear) else 0
 
 
 def _check_device() -> None:

@@ -1,4 +1,5 @@
 // What surrounds the products: dequantise a slab of a matrix for cuBLAS, gather inputs.
+#include "arranged.cuh"
 #include "fragment.cuh"
 
 constexpr int kGroups = GROUP ? kPiece / GROUP : 1;  // groups in a piece
@@ -59,31 +60,24 @@ dequantize(const __grid_constant__ DequantizeArgs a) {
     }
 }
 
-// x as gemm_hopper reads it: [pieces][rows][64 inputs], a row one token, rows padded. Of each half
-// of a piece, the 16-byte chunk of step s and pair c holds the inputs 2 c, 2 c + 1 of that step from
-// the lanes t = 0 .. 3; a row's chunks are exchanged as wgmma's 128-byte swizzle wants it. A thread
-// takes a half of a piece of a token. Grid: (blocks of 16 tokens, blocks of 8 pieces).
+// Grid: (blocks of 64 tokens, pieces); a thread takes eight inputs of a token.
 struct ArrangeArgs {
     const u16* x;  // (tokens, x_stride)
-    u16* out;
-    int x_stride, tokens, pieces, rows;
+    u16* out;      // see arranged.cuh
+    int x_stride, tokens, rows;
 };
 
 extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant__ ArrangeArgs a) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int half = threadIdx.x % 2, token = blockIdx.x * 16 + threadIdx.x / 2 % 16;
-    const int piece = blockIdx.y * 8 + threadIdx.x / 32;
-    if (token >= a.tokens || piece >= a.pieces) return;
-    const uint4* x = reinterpret_cast<const uint4*>(
-        a.x + size_t(token) * a.x_stride + piece * kPiece + half * 32);
-    uint4* row = reinterpret_cast<uint4*>(a.out + (size_t(piece) * a.rows + token) * kPiece);
-    const uint4 v[4] = {x[0], x[1], x[2], x[3]};
-    const int swizzle = token % 8, chunk = half * 4;
-    row[chunk ^ swizzle] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
-    row[(chunk + 1) ^ swizzle] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
-    row[(chunk + 2) ^ swizzle] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
-    row[(chunk + 3) ^ swizzle] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+    const int half = blockIdx.y * 2 + threadIdx.x / 4 % 2, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = blockIdx.x * 64 + i * 32 + threadIdx.x / 8;
+        const u16* from = a.x + size_t(min(token, a.tokens - 1)) * a.x_stride + half * 32 + t * 8;
+        const uint4 chunk = chunk_of_inputs(*reinterpret_cast<const uint4*>(from));
+        if (token < a.tokens) *arranged_chunk(a.out, a.rows, token, half, t) = chunk;
+    }
 }
 
 // Grids of these two: (tokens, blocks of 256 columns).

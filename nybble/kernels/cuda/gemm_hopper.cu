@@ -2,9 +2,11 @@
 // registers and are the A operand of wgmma, the tokens the B operand in shared memory.
 //
 // A block owns WARPGROUPS * 64 outputs and TOKENS tokens. K is split over the SPLIT blocks of a
-// cluster, which add up through one another's shared memory. While a piece of 64 inputs is
-// multiplied, the next is unpacked. A chunk is PIECES of them (DEPTH * PIECES is even): the weights
+// cluster, which add up through one another's shared memory; where there is no cluster, the tiles of
+// a last wave that would be partly filled are shared by several blocks, which add up through global
+// memory. While a piece of 64 inputs is multiplied, the next is unpacked. A chunk is PIECES of them (DEPTH * PIECES is even): the weights
 // of DEPTH chunks are on their way to registers, the tokens of BUFFERS - 2 to shared memory.
+#include "arranged.cuh"
 #include "wgmma.cuh"
 
 constexpr int kThreads = WARPGROUPS * 128;
@@ -20,12 +22,16 @@ struct Args {  // as in gemm.cu
     const uint4* words;
     const void* scales;
     const u16* zeros;
-    const u16* x;  // arranged, see arrange() in dense.cu; x_stride: its rows, a multiple of TOKENS
+    const u16* x;  // arranged, see arranged.cuh; x_stride: its rows, a multiple of TOKENS
     const u16* bias;
     const u16* residual;
     u16* y;
     int tokens, x_stride, outputs, tiles, chunks, groups;
     u32 chunks_per_group;
+    float4* scratch;  // [shared tiles][parts][tokens][outputs of a block]: sums of each part
+    int* arrived;     // of the parts of each shared tile; zeros before and after
+    int whole, parts;  // so many tiles have a block each, the others `parts` blocks
+    int y_rows;       // of y, arranged, too; 0: y is (tokens, outputs)
 };
 
 struct Stage {
@@ -156,20 +162,8 @@ __device__ __forceinline__ float4 cluster_sum(const float* at) {
     return total;
 }
 
-// Stores four neighbouring outputs of a token, as far as there are so many.
-__device__ __forceinline__ void store(const Args& a, const float (&value)[4], int token, int output) {
-    const size_t at = size_t(token) * a.outputs + output;
-    float sum[4] = {value[0], value[1], value[2], value[3]};
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-        if (a.residual && output + e < a.outputs) sum[e] += to_float(a.residual[at + e]);
-    if (a.outputs % 4 == 0) {
-        *reinterpret_cast<uint2*>(a.y + at) = make_uint2(pair(sum[0], sum[1]), pair(sum[2], sum[3]));
-        return;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-        if (output + e < a.outputs) a.y[at + e] = from_float(sum[e]);
+__device__ __forceinline__ float silu_times(float gate, float up) {
+    return gate / (1.f + __expf(-gate)) * up;
 }
 
 __device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int output, int limit) {
@@ -178,49 +172,164 @@ __device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int o
         if (output + e < limit) value[e] += to_float(a.bias[output + e]);
 }
 
+constexpr int kRows = kTiles * (PAIRED ? 8 : 16);             // outputs of a block
+constexpr int kFours = TOKENS / SPLIT * kRows / 4;            // that it writes, four by four
+constexpr int kBatch = kFours < 4 * kThreads ? (kFours + kThreads - 1) / kThreads : 4;  // of a thread
+
+// Four neighbouring outputs of a token.
+struct Four {
+    int row, column, token, output;
+    bool some;
+    __device__ __forceinline__ Four(const Args& a, int tile0, int token0, int rank, int index) {
+        row = index % (kRows / 4) * 4, column = rank * (TOKENS / SPLIT) + index / (kRows / 4);
+        token = token0 + column, output = tile0 * (PAIRED ? 8 : 16) + row;
+        some = index < kFours && token < a.tokens && output < a.outputs;
+    }
+    __device__ __forceinline__ size_t at(const Args& a) const {
+        return size_t(token) * a.outputs + output;
+    }
+    __device__ __forceinline__ uint2 load(const Args& a, const u16* from) const {
+        from += at(a);
+        if (a.outputs % 4 == 0) return *reinterpret_cast<const uint2*>(from);
+        u16 x[4] = {};
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (output + e < a.outputs) x[e] = from[e];
+        return make_uint2(x[0] | u32(x[1]) << 16, x[2] | u32(x[3]) << 16);
+    }
+    __device__ __forceinline__ void store(const Args& a, const float (&value)[4]) const {
+        u16* to = a.y + at(a);
+        if (a.outputs % 4 == 0) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(pair(value[0], value[1]), pair(value[2], value[3]));
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (output + e < a.outputs) to[e] = from_float(value[e]);
+    }
+};
+
+__device__ __forceinline__ void write_four(const Args& a, const float* sums, const Four& four,
+                                           uint2 residual) {
+    const int row = PAIRED ? four.row / 8 * 16 + four.row % 8 : four.row;
+    const float* sum = sums + four.column * kSumRow + row;
+    const float4 first = cluster_sum(sum);
+    float value[4] = {first.x, first.y, first.z, first.w};
+    if (a.bias) add_bias(a, value, four.output, a.outputs);
+    if (PAIRED) {
+        const float4 second = cluster_sum(sum + 8);
+        float up[4] = {second.x, second.y, second.z, second.w};
+        if (a.bias) add_bias(a, up, a.outputs + four.output, 2 * a.outputs);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) value[e] = silu_times(value[e], up[e]);
+    }
+    if (a.residual) {
+        value[0] += to_float(u16(residual.x)), value[1] += to_float(u16(residual.x >> 16));
+        value[2] += to_float(u16(residual.y)), value[3] += to_float(u16(residual.y >> 16));
+    }
+    four.store(a, value);
+}
+
 // sums: [TOKENS][kSumRow] of each block of the cluster; each block finishes its share of tokens.
 __device__ __forceinline__ void write_block(const Args& a, const float* sums, int tile0, int token0,
                                             int rank) {
-    constexpr int kRows = PAIRED ? kTiles * 8 : kTiles * 16;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < TOKENS / SPLIT * kRows / 4; i += kThreads) {
-        const int row = i % (kRows / 4) * 4, column = rank * (TOKENS / SPLIT) + i / (kRows / 4);
-        const int token = token0 + column, output = tile0 * (PAIRED ? 8 : 16) + row;
-        if (token >= a.tokens || output >= a.outputs) continue;
-        const float* sum = sums + column * kSumRow + (PAIRED ? row / 8 * 16 + row % 8 : row);
-        const float4 first = cluster_sum(sum);
-        float value[4] = {first.x, first.y, first.z, first.w};
-        if (a.bias) add_bias(a, value, output, a.outputs);
-        if (PAIRED) {
-            const float4 second = cluster_sum(sum + 8);
-            float up[4] = {second.x, second.y, second.z, second.w};
-            if (a.bias) add_bias(a, up, a.outputs + output, 2 * a.outputs);
+    for (int first = threadIdx.x; first < kFours; first += kBatch * kThreads) {
+        uint2 residual[kBatch] = {};  // all on their way before the first is used
 #pragma unroll
-            for (int e = 0; e < 4; ++e) value[e] = value[e] / (1.f + __expf(-value[e])) * up[e];
+        for (int i = 0; i < kBatch; ++i) {
+            const Four four(a, tile0, token0, rank, first + i * kThreads);
+            if (a.residual && four.some) residual[i] = four.load(a, a.residual);
         }
-        store(a, value, token, output);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const Four four(a, tile0, token0, rank, first + i * kThreads);
+            if (four.some) write_four(a, sums, four, residual[i]);
+        }
     }
+}
+
+// The same for a y that is arranged, of gate and up without a bias; outputs is a multiple of 64. A warp
+// takes 8 tokens by 32 outputs at a time, its lanes in an order in which they meet different banks.
+__device__ __forceinline__ void write_arranged(const Args& a, const float* sums, int tile0, int token0) {
+    constexpr int kHalves = kTiles / 4, kWarps = kThreads / kLanes;
+    const int lane = threadIdx.x % kLanes, c = lane % 4, among = lane / 4 % 4 * 2 + lane / 16;
+#pragma unroll 2
+    for (int i = threadIdx.x / kLanes; i < TOKENS / 8 * kHalves; i += kWarps) {
+        const int half = i % kHalves, column = i / kHalves * 8 + among, token = token0 + column;
+        if (token >= a.tokens || (tile0 / 4 + half) * 32 >= a.outputs) continue;
+        const float* sum = sums + column * kSumRow + half * 64 + 2 * c;
+        u32 word[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const float2 gate = *reinterpret_cast<const float2*>(sum + t * 16);
+            const float2 up = *reinterpret_cast<const float2*>(sum + t * 16 + 8);
+            word[t] = pair(silu_times(gate.x, up.x), silu_times(gate.y, up.y));
+        }
+        *arranged_chunk(a.y, a.y_rows, token, tile0 / 4 + half, c) =
+            make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+// Which tile of the result a block works at, and at which part of the inputs.
+struct Share { int tile, part, parts; };
+__device__ __forceinline__ Share share_of_block(const Args& a) {
+    const int block = blockIdx.x / SPLIT, rest = block - a.whole;
+    if (SPLIT > 1) return {block, int(blockIdx.x % SPLIT), SPLIT};
+    if (rest < 0) return {block, 0, 1};
+    return {a.whole + rest / a.parts, rest % a.parts, a.parts};
+}
+
+// The last block that comes here adds up the parts of its tile, in their order, and gets true.
+__device__ __forceinline__ bool add_parts(const Args& a, float* sums, const Share& share) {
+    constexpr int kRow = kTiles * 4, kCount = TOKENS * kRow;  // in float4
+    __shared__ bool last;
+    const int tile = share.tile - a.whole;
+    float4* parts = a.scratch + size_t(tile) * share.parts * kCount;
+    for (int i = threadIdx.x; i < kCount; i += kThreads)
+        __stcg(parts + share.part * kCount + i,
+               *reinterpret_cast<float4*>(sums + i / kRow * kSumRow + i % kRow * 4));
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(a.arrived + tile, 1) == share.parts - 1;
+        if (last) a.arrived[tile] = 0;
+    }
+    __syncthreads();
+    if (!last) return false;
+    __threadfence();
+    for (int i = threadIdx.x; i < kCount; i += kThreads) {
+        float4 total = {};
+#pragma unroll 4
+        for (int part = 0; part < share.parts; ++part) {
+            const float4 one = __ldcg(parts + part * kCount + i);
+            total = make_float4(total.x + one.x, total.y + one.y, total.z + one.z, total.w + one.w);
+        }
+        *reinterpret_cast<float4*>(sums + i / kRow * kSumRow + i % kRow * 4) = total;
+    }
+    __syncthreads();
+    return true;
 }
 
 // The blocks that run at a time shall share tokens and weights in the L2 cache: a band of token blocks
 // takes all row blocks before the next one begins.
 struct Place { int tokens, rows; };
-__device__ __forceinline__ Place place_of_block() {
-    const int across = gridDim.x / SPLIT, down = gridDim.y;
-    const int index = blockIdx.y * across + blockIdx.x / SPLIT;
-    const int first = index / (BAND * down) * BAND, width = min(BAND, across - first);
-    const int rest = index - first * down;
+__device__ __forceinline__ Place place_of(const Args& a, int tile) {
+    const int across = (a.tokens + TOKENS - 1) / TOKENS, down = (a.tiles + kTiles - 1) / kTiles;
+    const int first = tile / (BAND * down) * BAND, width = min(BAND, across - first);
+    const int rest = tile - first * down;
     return {first + rest % width, rest / width};
 }
 
-// Grid: (token blocks * SPLIT, row blocks).
+// Grid: (token blocks * row blocks * SPLIT), or the whole tiles and the parts of the others.
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(kThreads, MIN_BLOCKS)
 gemm_hopper(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-    const Place place = place_of_block();
-    const int rank = blockIdx.x % SPLIT, token0 = place.tokens * TOKENS, tile0 = place.rows * kTiles;
-    const int begin = a.chunks * rank / SPLIT, end = a.chunks * (rank + 1) / SPLIT;
+    const Share share = share_of_block(a);
+    const Place place = place_of(a, share.tile);
+    const int token0 = place.tokens * TOKENS, tile0 = place.rows * kTiles;
+    const int begin = a.chunks * share.part / share.parts;
+    const int end = a.chunks * (share.part + 1) / share.parts;
 
     let_next_kernel_start();
     __shared__ unsigned long long barriers[2 * BUFFERS];
@@ -284,6 +393,10 @@ gemm_hopper(const __grid_constant__ Args a) {
         sums[token * kSumRow + warp * 16 + row] = sum[i];
     }
     if (SPLIT > 1) sync_cluster(); else __syncthreads();
-    write_block(a, sums, tile0, token0, rank);
+    if (SPLIT == 1 && share.parts > 1 && !add_parts(a, sums, share)) return;
+    if (PAIRED && SPLIT == 1 && a.y_rows)
+        write_arranged(a, sums, tile0, token0);
+    else
+        write_block(a, sums, tile0, token0, SPLIT > 1 ? share.part : 0);
     if (SPLIT > 1) sync_cluster();  // the others may still read this block's shared memory
 }

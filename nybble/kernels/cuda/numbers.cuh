@@ -47,9 +47,12 @@ __device__ __forceinline__ Eight load_eight(const u16* from) {
     for (int i = 0; i < 8; ++i) e.x[i] = activation(u16(word[i / 2] >> 16 * (i % 2)));
     return e;
 }
+__device__ __forceinline__ uint4 packed_eight(const Eight& e) {
+    return {activation_pair(e.x[0], e.x[1]), activation_pair(e.x[2], e.x[3]),
+            activation_pair(e.x[4], e.x[5]), activation_pair(e.x[6], e.x[7])};
+}
 __device__ __forceinline__ void store_eight(u16* to, const Eight& e) {
-    *reinterpret_cast<uint4*>(to) = {activation_pair(e.x[0], e.x[1]), activation_pair(e.x[2], e.x[3]),
-                                     activation_pair(e.x[4], e.x[5]), activation_pair(e.x[6], e.x[7])};
+    *reinterpret_cast<uint4*>(to) = packed_eight(e);
 }
 
 // ---- dependent launch (a no-op before compute capability 9.0) --------------------------------

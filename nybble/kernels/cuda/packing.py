@@ -63,6 +63,11 @@ class PackedMatrix:
         return self.scales.shape[1]
 
     @property
+    def outputs(self) -> int:
+        """Of the product: gate and up are one where paired."""
+        return self.out_features // 2 if self.paired else self.out_features
+
+    @property
     def nbytes(self) -> int:
         parts = (self.words, self.scales, self.zeros, self.gather)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)

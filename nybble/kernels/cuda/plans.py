@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import isqrt
 from typing import ClassVar, NamedTuple
 
-from nybble.kernels.cuda.packing import PIECE, SHORT_GROUPS
+import torch
+
+from nybble.kernels.cuda.packing import PIECE, SHORT_GROUPS, PackedMatrix
 
 COLUMN = 8  # tokens of one mma
+_SCALE_CODES = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
 
 
 class Layout(NamedTuple):
@@ -23,9 +27,33 @@ class Layout(NamedTuple):
     paired: bool = False  # gate and up, of which the product makes silu(gate) * up
 
 
+def layout_of(matrix: PackedMatrix, dtype: torch.dtype) -> Layout:
+    return Layout(
+        bits=matrix.bits,
+        rows=matrix.rows,
+        tiles=matrix.tiles,
+        groups=matrix.groups,
+        group_size=matrix.group_size,
+        exact_scales=dtype == torch.bfloat16 or matrix.scales.dtype == torch.float16,
+        paired=matrix.paired,
+    )
+
+
 class Gpu(NamedTuple):
     multiprocessors: int
     hopper: bool
+
+
+class Shares(NamedTuple):
+    """Tiles of a product: `whole` have a block each, `shared` have `parts` each."""
+
+    whole: int
+    shared: int = 0
+    parts: int = 1
+
+    @property
+    def blocks(self) -> int:
+        return self.whole + self.shared * self.parts
 
 
 @dataclass(frozen=True)
@@ -96,8 +124,18 @@ class HopperPlan:
         inputs = self.buffers * self.pieces * self.tokens * PIECE * 2
         return max(inputs, self.tokens * (64 * self.warpgroups + 4) * 4)
 
-    def grid(self, tokens: int, tiles: int) -> tuple[int, int]:
-        return -(-tokens // self.tokens) * self.split, -(-tiles // (4 * self.warpgroups))
+    def shares(self, tokens: int, tiles: int, rows: int, multiprocessors: int) -> Shares:
+        """Tiles that would not fill a wave of blocks are shared, where no cluster splits them."""
+        blocks = -(-tokens // self.tokens) * -(-tiles // (4 * self.warpgroups))
+        rest = blocks % multiprocessors
+        if self.split > 1 or self.min_blocks > 1 or rest == 0:
+            return Shares(blocks)
+        # steps / parts + _ADDING * parts is least at the root.
+        parts = min(multiprocessors // rest, isqrt(rows // (128 * _ADDING)))
+        return Shares(blocks - rest, rest, parts) if parts > 1 else Shares(blocks)
+
+    def scratch_floats(self, shares: Shares) -> int:
+        return shares.shared * shares.parts * self.tokens * 64 * self.warpgroups
 
     def defines(self) -> dict[str, int]:
         return {
@@ -113,6 +151,8 @@ class HopperPlan:
 
 
 Plan = MmaPlan | HopperPlan
+
+_ADDING = 2  # what one more part of a shared tile costs, in steps of 128 inputs
 
 # Up to so many tokens: candidates, each with the time that a block takes for 128 inputs (in units
 # that compare within a row). docs/decisions/003 has the measurements.
@@ -162,10 +202,22 @@ def plan_for(tokens: int, layout: Layout, gpu: Gpu) -> Plan | None:
     """The kernel's shape for this batch, or None where cuBLAS on dequantised weights is faster."""
     hopper = gpu.hopper and layout.exact_scales
     candidates = next((row for most, row in (_HOPPER if hopper else _MMA) if tokens <= most), None)
-    if candidates is None:  # SiLU, which cuBLAS cannot do in passing, makes the difference
-        return fitted(_WIDEST[1], layout) if hopper and layout.paired else None
+    if candidates is None:
+        return fitted(_WIDEST[1], layout) if hopper else None
     _, plan = min(candidates, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))
     return fitted(plan, layout)
+
+
+def matrix_defines(matrix: PackedMatrix, dtype: torch.dtype, pieces: int) -> dict[str, int]:
+    """The macros of fragment.cuh, for chunks of so many pieces."""
+    return {
+        "BITS": matrix.bits,
+        "BF16": int(dtype == torch.bfloat16),
+        "SCALE": _SCALE_CODES[matrix.scales.dtype],
+        "ASYM": int(matrix.zeros is not None),
+        "PAIRED": int(matrix.paired),
+        "GROUP": group_define(layout_of(matrix, dtype), pieces),
+    }
 
 
 def group_define(layout: Layout, pieces: int) -> int:
@@ -202,7 +254,12 @@ def _in_whole_chunks(pieces: int, layout: Layout) -> bool:
 
 def _block_steps(plan: Plan, tokens: int, layout: Layout, gpu: Gpu) -> float:
     """How long the longest multiprocessor works, in steps of 128 inputs of one block."""
-    across, down = plan.grid(tokens, layout.tiles)
-    waves = -(-across * down // (gpu.multiprocessors * plan.min_blocks))
-    parts = plan.split if isinstance(plan, HopperPlan) else plan.slices
-    return waves * (layout.rows / 128 / parts + plan.overhead)
+    slots, steps = gpu.multiprocessors * plan.min_blocks, layout.rows / 128
+    if isinstance(plan, MmaPlan):
+        across, down = plan.grid(tokens, layout.tiles)
+        return -(-across * down // slots) * (steps / plan.slices + plan.overhead)
+    shares = plan.shares(tokens, layout.tiles, layout.rows, gpu.multiprocessors)
+    taken = -(-shares.whole * plan.split // slots) * (steps / plan.split + plan.overhead)
+    if shares.shared:
+        taken += steps / shares.parts + _ADDING * shares.parts + plan.overhead
+    return taken

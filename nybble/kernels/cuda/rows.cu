@@ -3,6 +3,7 @@
 //
 // Macros beside that of numbers.cuh: THREADS (of a row), ROWS (of a block), ROUNDS (of THREADS
 // times eight numbers: a row that is normalised has at most so many, and is read once).
+#include "arranged.cuh"
 #include "numbers.cuh"
 
 static_assert(THREADS <= kLanes || ROWS == 1, "rows of several warps have a block of their own");
@@ -10,9 +11,10 @@ static_assert(THREADS <= kLanes || ROWS == 1, "rows of several warps have a bloc
 struct NormArgs {
     const u16* x;       // row r at (r / heads) * token_stride + (r % heads) * head_stride
     const u16* weight;  // (dim,)
-    u16* y;             // (rows, dim)
+    u16* y;             // (rows, dim), or as arranged.cuh has it
     long token_stride, head_stride;
     int rows, heads, dim;
+    int y_rows;         // of a y that is arranged, or 0; dim is a multiple of 64 then
     float eps;
 };
 
@@ -52,11 +54,17 @@ extern "C" __global__ void __launch_bounds__(THREADS* ROWS) rms_norm(const __gri
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
         const int at = 8 * (thread + r * THREADS);
-        if (at >= a.dim) break;
-        const Eight weight = load_eight(a.weight + at);
+        const bool some = at < a.dim;
+        const Eight weight = load_eight(a.weight + (some ? at : 0));
 #pragma unroll
         for (int i = 0; i < 8; ++i) kept[r].x[i] *= scale * weight.x[i];
-        store_eight(a.y + row * a.dim + at, kept[r]);
+        const uint4 y = packed_eight(kept[r]);
+        if (a.y_rows) {
+            const uint4 chunk = chunk_of_inputs(y);
+            if (some) *arranged_chunk(a.y, a.y_rows, int(row), at / 32, thread % 4) = chunk;
+        } else if (some) {
+            *reinterpret_cast<uint4*>(a.y + row * a.dim + at) = y;
+        }
     }
 }
 

@@ -12,6 +12,7 @@ import torch
 
 from nybble.errors import ConfigError
 from nybble.kernels.backend import Partial
+from nybble.kernels.cuda.arranged import arranged
 from nybble.kernels.cuda.launch import Kernel, kernel
 
 _VECTOR = 8  # elements of a 16-byte load
@@ -26,7 +27,7 @@ class _NormArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
         *((name, ctypes.c_long) for name in ("token_stride", "head_stride")),
-        *((name, ctypes.c_int) for name in ("rows", "heads", "dim")),
+        *((name, ctypes.c_int) for name in ("rows", "heads", "dim", "y_rows")),
         ("eps", ctypes.c_float),
     )
 
@@ -56,20 +57,28 @@ class RowKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See Backend.rms_norm; x (tokens, heads, dim) may be a view with strides."""
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, arranged_rows: int = 0
+    ) -> torch.Tensor:
+        """See Backend.rms_norm; x (tokens, heads, dim) may be a view with strides.
+
+        arranged_rows: of x (tokens, dim), the result is arranged, see CudaLinear.arranged_rows.
+        """
         dim = x.shape[-1]
         self._check(x, dim)
         self._check(weight, dim)
         x = _vectors(x) if x.dim() in (2, 3) else x.reshape(-1, dim).contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if arranged_rows:
+            y = arranged(len(x), dim, arranged_rows, x)
+        else:
+            y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel() == 0:
             return y
         rows = x.numel() // dim
         heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
         arguments = _NormArguments(
             *(x.data_ptr(), weight.data_ptr(), y.data_ptr()),
-            *(x.stride(0), head_stride, rows, heads, dim, eps),
+            *(x.stride(0), head_stride, rows, heads, dim, arranged_rows, eps),
         )
         if dim <= _SHORT:
             threads, per_block = 32, _SHORT_ROWS

@@ -95,6 +95,7 @@ def test_compiled_once_for_each_shape_and_gpu(nvrtc):
 def test_headers_are_found_through_headers():
     assert set(compiler._with_headers("gemm_hopper.cu")) == {
         "gemm_hopper.cu",
+        "arranged.cuh",
         "wgmma.cuh",
         "fragment.cuh",
     }

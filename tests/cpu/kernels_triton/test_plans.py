@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from nybble.bench import shapes
 from nybble.config import QuantConfig, parse_model_config
-from nybble.kernels.cuda.linear import layout_of
 from nybble.kernels.cuda.packing import pack, refusal
 from nybble.kernels.cuda.plans import (
     ALL_PLANS,
@@ -21,6 +20,7 @@ from nybble.kernels.cuda.plans import (
     fitted,
     group_define,
     inverse,
+    layout_of,
     plan_for,
 )
 from nybble.kernels.cuda.samples import random_matrix
@@ -36,12 +36,13 @@ def layout(rows: int, outputs: int, bits: int = 4, size: int = 128, exact: bool 
     return Layout(bits, rows, -(-outputs // 16), -(-rows // size), size, exact)
 
 
-def test_small_batches_use_mma_and_large_ones_cublas():
+def test_small_batches_use_mma_and_large_ones_wgmma_or_cublas():
     for shape in SHAPES.values():
         assert plan_for(1, layout(*shape), H100) == MmaPlan(columns=1)
         assert isinstance(plan_for(64, layout(*shape), H100), HopperPlan)
         assert isinstance(plan_for(64, layout(*shape), A100), MmaPlan)
-        assert plan_for(4096, layout(*shape), H100) is None
+        assert isinstance(plan_for(4096, layout(*shape), H100), HopperPlan)
+        assert plan_for(4096, layout(*shape), A100) is None
 
 
 def test_scales_that_the_activations_cannot_hold_never_meet_the_hopper_kernel():
@@ -106,13 +107,28 @@ def test_the_self_test_meets_every_kernel_of_the_72b():
             assert (plan_for(tokens, one, H100), one.paired) in found
 
 
-def test_grids_cover_the_product():
-    for plan in ALL_PLANS:
-        for tokens in (1, 7, 64, 129):
-            across, down = plan.grid(tokens, 100)
-            if isinstance(plan, HopperPlan):
-                assert across // plan.split * plan.tokens >= tokens
-                assert down * plan.warpgroups * 4 >= 100
-            else:
-                assert across * plan.columns * 8 >= tokens
-                assert down * plan.bands * plan.tiles >= 100
+MMA_PLANS = [plan for plan in ALL_PLANS if isinstance(plan, MmaPlan)]
+HOPPER_PLANS = [plan for plan in ALL_PLANS if isinstance(plan, HopperPlan)]
+
+
+@pytest.mark.parametrize("plan", MMA_PLANS, ids=str)
+def test_grids_cover_the_product(plan):
+    for tokens in (1, 7, 64, 129):
+        across, down = plan.grid(tokens, 100)
+        assert across * plan.columns * 8 >= tokens
+        assert down * plan.bands * plan.tiles >= 100
+
+
+@given(
+    st.sampled_from(HOPPER_PLANS), st.integers(1, 9000), st.integers(1, 4000), st.integers(1, 400)
+)
+def test_shares_cover_the_product_and_fit_a_wave(plan, tokens, tiles, pieces):
+    shares = plan.shares(tokens, tiles, pieces * 64, H100.multiprocessors)
+    blocks = -(-tokens // plan.tokens) * -(-tiles // (4 * plan.warpgroups))
+    assert shares.whole + shares.shared == blocks
+    assert shares.blocks == shares.whole + shares.shared * shares.parts
+    if shares.shared:
+        assert plan.split == 1
+        assert shares.whole % H100.multiprocessors == 0
+        assert shares.shared * shares.parts <= H100.multiprocessors
+        assert 1 < shares.parts <= pieces // plan.pieces  # each has inputs of its own
