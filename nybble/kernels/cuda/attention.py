@@ -370,10 +370,8 @@ def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:
 
 
 def _heads_in_a_row(x: torch.Tensor) -> torch.Tensor:
-    """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another and
-    pairs of numbers can be read at once."""
-    even = x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and even else x.contiguous()
+    """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:

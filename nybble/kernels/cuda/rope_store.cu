@@ -8,7 +8,7 @@ constexpr int kHalf = HEAD_DIM / 2;
 constexpr int kEach = kHalf / kLanes;
 
 struct Args {
-    const u16 *q, *k, *v;  // (tokens, heads, HEAD_DIM), rows of a token q_stride ... apart, even
+    const u16 *q, *k, *v;  // (tokens, heads, HEAD_DIM), rows of a token q_stride ... apart
     const float *cos, *sin;  // (tokens, kHalf)
     const int* slots;        // (tokens,): page * PAGE + offset
     u16* q_out;              // (tokens, heads, HEAD_DIM)
@@ -22,28 +22,11 @@ struct Head { float x[2][kEach]; };  // of both halves
 __device__ __forceinline__ Head load_head(const u16* from, int lane) {
     Head h;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const u16* x = from + half * kHalf + kEach * lane;
-        if constexpr (kEach == 2) {
-            const u32 two = *reinterpret_cast<const u32*>(x);
-            h.x[half][0] = activation(u16(two)), h.x[half][1] = activation(u16(two >> 16));
-        } else {
-            h.x[half][0] = activation(*x);
-        }
-    }
-    return h;
-}
-
-// A lane's part of either half of a row, made 16 bits each by `pair`.
-template <class Pair>
-__device__ __forceinline__ void store_head(const Head& h, u16* row, int lane, Pair pair) {
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        u16* to = row + half * kHalf + kEach * lane;
-        const u32 two = pair(h.x[half][0], h.x[half][kEach - 1]);
-        if constexpr (kEach == 2) *reinterpret_cast<u32*>(to) = two;
-        else *to = u16(two);
-    }
+        for (int e = 0; e < kEach; ++e)
+            h.x[half][e] = activation(from[half * kHalf + kEach * lane + e]);
+    return h;
 }
 
 __device__ __forceinline__ void rotate(Head& h, const Args& a, int token, int lane) {
@@ -179,7 +162,10 @@ __device__ __forceinline__ void store(const Head& h, u8* cache, u8* scales, long
     } else if constexpr (KV == 4) {
         store_int4(h, cache, scales, row, lane);
     } else {
-        store_head(h, reinterpret_cast<u16*>(cache) + row * HEAD_DIM, lane, operand_pair);
+        u16* to = reinterpret_cast<u16*>(cache) + row * HEAD_DIM + kEach * lane;
+#pragma unroll
+        for (int e = 0; e < 2 * kEach; ++e)
+            to[e / kEach * kHalf + e % kEach] = u16(operand_pair(h.x[e / kEach][e % kEach], 0.f));
     }
 }
 
@@ -195,7 +181,10 @@ rope_store(const __grid_constant__ Args a) {
         Head q = load_head(a.q + token * a.q_stride + head * HEAD_DIM, lane);
         rotate(q, a, token, lane);
         if constexpr (kCodes) hadamard(q, lane);
-        store_head(q, a.q_out + (long(token) * a.heads + head) * HEAD_DIM, lane, activation_pair);
+        u16* to = a.q_out + (long(token) * a.heads + head) * HEAD_DIM + kEach * lane;
+#pragma unroll
+        for (int e = 0; e < 2 * kEach; ++e)
+            to[e / kEach * kHalf + e % kEach] = u16(activation_pair(q.x[e / kEach][e % kEach], 0.f));
         return;
     }
     const bool is_key = head < a.heads + a.kv_heads;
