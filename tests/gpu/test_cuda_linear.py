@@ -36,6 +36,11 @@ def product(x: torch.Tensor, matrix: QuantMatrix) -> torch.Tensor:
     return ref.gather_inputs(x.double(), matrix) @ ref.dequantize(matrix).double()
 
 
+def by_cublas(linear: CudaLinear, x: torch.Tensor) -> torch.Tensor:
+    """As other GPUs than Hopper compute long prompts."""
+    return linear.dense.product(linear.dense.plain(x), None)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=1)
     return torch.nn.functional.silu(gate) * up
@@ -95,6 +100,7 @@ def test_every_group_size(inputs, group_size, symmetric, bits, dtype, random):
     for tokens in (1, 5, 16, 33, 70, 600, 1100):
         x = inputs_for(matrix, tokens, dtype)
         assert_close(linear(x), product(x, matrix))
+    assert_close(by_cublas(linear, x), product(x, matrix))
 
 
 @pytest.mark.parametrize("inputs", [8, 64, 72, 576, 1528, 4104, 12288])
@@ -176,18 +182,34 @@ def test_dense_product_in_slabs(paired, random, monkeypatch):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("inputs", [2048, 24576])
-def test_tiles_shared_by_blocks(inputs, paired, random):
-    """A wave that would be partly filled: its tiles have up to nine blocks, which add up."""
-    matrix = random_matrix(inputs, 600, random=random)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "tokens"),
+    [(24576, 100, 1100), (24576, 600, 2500), (2048, 600, 8000), (8192, 600, 8000)],
+)
+def test_tiles_shared_by_blocks(inputs, outputs, tokens, paired, random):
+    """A wave that would be partly filled: its tiles have up to nine blocks, which add up.
+
+    On an H100 8,000 tokens leave 36 of 168 tiles to share; the others have blocks of their own.
+    """
+    matrix = random_matrix(inputs, outputs, random=random)
     linear = CudaLinear(matrix, paired=paired)
-    for tokens in (1100, 2500, 6144):
-        x = inputs_for(matrix, tokens, torch.float16)
-        want = product(x, matrix)
-        poison(tokens, linear.outputs)
-        got = linear(x)
-        assert_close(got, silu_mul(want) if paired else want)
-        assert all(torch.equal(got, linear(x)) for _ in range(5))
+    x = inputs_for(matrix, tokens, torch.float16)
+    want = product(x, matrix)
+    poison(tokens, linear.outputs)
+    got = linear(x)
+    assert_close(got, silu_mul(want) if paired else want)
+    assert all(torch.equal(got, linear(x)) for _ in range(5))
+
+
+def test_sums_of_shared_tiles_are_fp32_whatever_torch_defaults_to(random):
+    matrix = random_matrix(24576, 600, random=random)
+    x = inputs_for(matrix, 1100, torch.float16)
+    want = CudaLinear(matrix)(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(CudaLinear(matrix)(x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_permuted_inputs_with_padding(random):
@@ -199,6 +221,7 @@ def test_permuted_inputs_with_padding(random):
     for tokens in (1, 8, 200, 1100):
         x = inputs_for(matrix, tokens, torch.float16)
         assert_close(linear(x), product(x, matrix))
+    assert_close(by_cublas(linear, x), product(x, matrix))
 
 
 def test_strided_and_misaligned_inputs(random):

@@ -13,7 +13,7 @@ from nybble.config import KV_BITS
 from nybble.errors import CapacityError, ConfigError
 from nybble.kernels.backend import Batch, KVLayer, Partial
 from nybble.kernels.cuda.arranged import arranged, rows_of
-from nybble.kernels.cuda.launch import Kernel, kernel
+from nybble.kernels.cuda.launch import Kernel, kernel, pointers
 
 HEAD_DIMS = (64, 128)
 KINDS = {"float16": 16, "bfloat16": 17, "int8": 8, "int6": 6, "int4": 4}  # KV of attention.cuh
@@ -228,8 +228,8 @@ class PagedAttention:
         if tokens == 0:
             return out
         arguments = _RopeArguments(
-            *_pointers(q, k, v, cos.contiguous(), sin.contiguous(), batch.slots, out),
-            *_pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
+            *pointers(q, k, v, cos.contiguous(), sin.contiguous(), batch.slots, out),
+            *pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
             *(q.stride(0), k.stride(0), v.stride(0)),
             *(tokens, heads, k.shape[1]),
         )
@@ -242,7 +242,7 @@ class PagedAttention:
         self, q: torch.Tensor, layer: KVLayer, batch: Batch, scale: float, arranged_rows: int = 0
     ) -> torch.Tensor:
         """See Backend.attention. arranged_rows: the result may be arranged, in so many rows."""
-        prompt = batch.max_query > 1 and batch.sequences == 1
+        q, prompt = q.to(self.dtype), batch.max_query > 1 and batch.sequences == 1
         if arranged_rows and prompt and self._on_hopper(q):
             out = arranged(len(q), q.shape[1] * q.shape[2], arranged_rows, q)
         else:
@@ -295,9 +295,9 @@ class PagedAttention:
         )
         arguments = _DecodeArguments(
             _cache_of(layer, batch),
-            *_pointers(q, results.out, parts, self._finished),
+            *pointers(q, results.out, parts, self._finished),
             *(heads, head_tiles, splits, scale * _LOG2_E),
-            *_pointers(results.lse),
+            *pointers(results.lse),
         )
         defines = {**plan.defines(), **results.defines()}
         run = self._kernel("attention_decode", layer, defines, shared_bytes)
@@ -310,10 +310,10 @@ class PagedAttention:
         query_tiles = -(-batch.max_query // _QUERIES)
         arguments = _PrefillArguments(
             _cache_of(layer, batch),
-            *_pointers(q, results.out),
+            *pointers(q, results.out),
             *(heads, query_tiles, scale * _LOG2_E),
             rows_of(results.out) if results.out.dim() == 3 else 0,
-            *_pointers(results.lse),
+            *pointers(results.lse),
         )
         defines = results.defines()
         if self._on_hopper(q):
@@ -363,8 +363,8 @@ class PagedAttention:
 
 def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:
     return _Cache(
-        *_pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
-        *_pointers(batch.pages, batch.starts, batch.lengths),
+        *pointers(layer.keys, layer.values, layer.key_scales, layer.value_scales),
+        *pointers(batch.pages, batch.starts, batch.lengths),
         *(batch.pages.stride(0), layer.keys.shape[1]),
     )
 
@@ -372,7 +372,3 @@ def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:
 def _heads_in_a_row(x: torch.Tensor) -> torch.Tensor:
     """x (tokens, heads, head_dim), copied unless the heads of a token lie behind one another."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
-    return tuple(None if t is None else t.data_ptr() for t in tensors)

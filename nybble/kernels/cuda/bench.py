@@ -2,7 +2,8 @@
 
 Every shape has ten sets of random weights that are used in turn, so that nothing comes from the
 L2 cache; launches are replayed from a CUDA graph. GB/s counts weights, scales and zero points
-once per product; the ceiling is a read-only kernel, measured in the same run.
+once per product; the ceiling is a read-only kernel, measured in the same run. From 17 tokens on a
+product includes the arrangement of its inputs, which most products of a model find done.
 """
 
 from __future__ import annotations

@@ -105,9 +105,6 @@ struct SiluArgs {
     int width, columns, y_stride;  // columns: of width, how many y has
 };
 
-__device__ __forceinline__ float silu_times(float gate, float up) {
-    return gate / (1.f + __expf(-gate)) * up;
-}
 __device__ __forceinline__ float number(const uint4& v, int i) {
     const u32 word = i < 4 ? (i < 2 ? v.x : v.y) : (i < 6 ? v.z : v.w);
     return to_float(u16(word >> 16 * (i % 2)));

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from nybble.kernels.cuda.arranged import arranged, rows_of
-from nybble.kernels.cuda.launch import Kernel, kernel
+from nybble.kernels.cuda.launch import Kernel, kernel, pointers
 from nybble.kernels.cuda.packing import PIECE, TILE, PackedMatrix
 from nybble.kernels.cuda.plans import inverse, matrix_defines
 from nybble.kernels.cuda.precision import sums_in_fp32
@@ -72,7 +72,7 @@ class DenseKernels:
         count = m.tiles - first_tile if tiles is None else tiles
         dense = torch.empty(count * TILE, m.rows, dtype=self.dtype, device=self.device)
         arguments = _DequantizeArguments(
-            *_pointers(m.words, m.scales, m.zeros, dense),
+            *pointers(m.words, m.scales, m.zeros, dense),
             *(first_tile, m.pieces, m.groups, count, inverse(max(1, m.group_size // PIECE))),
         )
         self._launch("dequantize", (-(-count * m.pieces // (_THREADS // 32)), 1), arguments)
@@ -91,7 +91,7 @@ class DenseKernels:
         x = self.plain(x)
         tokens = x.shape[0]
         out = arranged(tokens, self.matrix.rows, -(-tokens // block) * block, x)
-        arguments = _ArrangeArguments(*_pointers(x, out), x.stride(0), tokens, rows_of(out))
+        arguments = _ArrangeArguments(*pointers(x, out), x.stride(0), tokens, rows_of(out))
         self._launch("arrange", (-(-tokens // 64), self.matrix.pieces), arguments)
         return out
 
@@ -99,7 +99,7 @@ class DenseKernels:
         x = x if x.stride(1) == 1 else x.contiguous()
         tokens, k = x.shape[0], self.matrix.rows
         out = torch.empty(tokens, k, dtype=x.dtype, device=x.device)
-        arguments = _GatherArguments(*_pointers(x, index, out), x.stride(0), k)
+        arguments = _GatherArguments(*pointers(x, index, out), x.stride(0), k)
         self._launch("gather", (tokens, -(-k // _THREADS)), arguments)
         return out
 
@@ -153,7 +153,7 @@ class DenseKernels:
                 :, first_tile * 8 : first_tile * 8 + width
             ]
             gate_up.view(-1, 2, width)[:, :, : halves.shape[1]] += halves
-        arguments = _SiluArguments(*_pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
+        arguments = _SiluArguments(*pointers(gate_up, residual, y), width, y.shape[1], y.stride(0))
         blocks = -(-y.shape[1] // (8 * _THREADS))
         self._launch("silu_mul", (x.shape[0], blocks), arguments)
 
@@ -168,7 +168,3 @@ class DenseKernels:
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
-    return tuple(None if t is None else t.data_ptr() for t in tensors)

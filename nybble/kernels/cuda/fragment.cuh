@@ -60,6 +60,10 @@ __device__ __forceinline__ float to_float(u16 bits) { return from_half(bits); }
 #endif
 __device__ __forceinline__ u16 from_float(float f) { return u16(pair(f, 0.f)); }
 
+__device__ __forceinline__ float silu_times(float gate, float up) {
+    return gate / (1.f + __expf(-gate)) * up;
+}
+
 __device__ __forceinline__ u32 subtract(u32 a, u32 b) {
     u32 out;
 #if BF16

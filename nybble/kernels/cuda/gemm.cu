@@ -120,7 +120,7 @@ __device__ __forceinline__ void write_tile(const Args& a, const float* part, int
         }
         if (PAIRED) {
             if (a.bias) low += to_float(a.bias[output]), high += to_float(a.bias[a.outputs + output]);
-            store(a, low / (1.f + __expf(-low)) * high, token, output);
+            store(a, silu_times(low, high), token, output);
         } else {
             float value = row < 8 ? low : high;
             if (a.bias) value += to_float(a.bias[output]);

@@ -1,11 +1,12 @@
-// y = x W for tens to hundreds of tokens on compute capability 9.0: the weights are scaled in
-// registers and are the A operand of wgmma, the tokens the B operand in shared memory.
+// y = x W for tens of tokens and more on compute capability 9.0: the weights are scaled in registers
+// and are the A operand of wgmma, the tokens the B operand in shared memory.
 //
 // A block owns WARPGROUPS * 64 outputs and TOKENS tokens. K is split over the SPLIT blocks of a
 // cluster, which add up through one another's shared memory; where there is no cluster, the tiles of
 // a last wave that would be partly filled are shared by several blocks, which add up through global
-// memory. While a piece of 64 inputs is multiplied, the next is unpacked. A chunk is PIECES of them (DEPTH * PIECES is even): the weights
-// of DEPTH chunks are on their way to registers, the tokens of BUFFERS - 2 to shared memory.
+// memory. While a piece of 64 inputs is multiplied, the next is unpacked. A chunk is PIECES of them
+// (DEPTH * PIECES is even): the weights of DEPTH chunks are on their way to registers, the tokens of
+// BUFFERS - 2 to shared memory.
 #include "arranged.cuh"
 #include "wgmma.cuh"
 
@@ -18,7 +19,7 @@ constexpr int kBufferBytes = PIECES * kPieceBytes;    // a chunk of them; there 
 constexpr int kAhead = BUFFERS - 2;                   // chunks of the tokens that are on their way
 constexpr int kSumRow = kTiles * 16 + 4;  // floats: rows of different tokens meet other banks
 
-struct Args {  // as in gemm.cu
+struct Args {  // as in gemm.cu, as far as scratch
     const uint4* words;
     const void* scales;
     const u16* zeros;
@@ -28,7 +29,7 @@ struct Args {  // as in gemm.cu
     u16* y;
     int tokens, x_stride, outputs, tiles, chunks, groups;
     u32 chunks_per_group;
-    float4* scratch;  // [shared tiles][parts][tokens][outputs of a block]: sums of each part
+    float4* scratch;  // [shared tiles][parts][TOKENS][16 * kTiles]: sums of each part
     int* arrived;     // of the parts of each shared tile; zeros before and after
     int whole, parts;  // so many tiles have a block each, the others `parts` blocks
     int y_rows;       // of y, arranged, too; 0: y is (tokens, outputs)
@@ -160,10 +161,6 @@ __device__ __forceinline__ float4 cluster_sum(const float* at) {
         total = make_float4(total.x + part[rank].x, total.y + part[rank].y,
                             total.z + part[rank].z, total.w + part[rank].w);
     return total;
-}
-
-__device__ __forceinline__ float silu_times(float gate, float up) {
-    return gate / (1.f + __expf(-gate)) * up;
 }
 
 __device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int output, int limit) {

@@ -75,6 +75,11 @@ def kernel(
     return _loaded(source, name, defines, index, shared_bytes)
 
 
+def pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
+    """For the fields of an argument structure; None becomes a null pointer."""
+    return tuple(None if t is None else t.data_ptr() for t in tensors)
+
+
 @cache
 def _loaded(
     source: str, name: str, defines: tuple[tuple[str, int], ...], index: int, shared_bytes: int

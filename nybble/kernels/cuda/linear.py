@@ -9,7 +9,7 @@ import torch
 from nybble.errors import ConfigError
 from nybble.kernels.cuda.arranged import arranged, rows_of
 from nybble.kernels.cuda.dense import DenseKernels
-from nybble.kernels.cuda.launch import Kernel, kernel
+from nybble.kernels.cuda.launch import Kernel, kernel, pointers
 from nybble.kernels.cuda.packing import PIECE, PackedMatrix, pack
 from nybble.kernels.cuda.plans import (
     Gpu,
@@ -48,6 +48,7 @@ class CudaLinear:
     x is (tokens, K) of `dtype` (fp16 or bf16), y (tokens, N), or (tokens, N / 2) where paired.
     Sums are in fp32. `dependent` uses programmatic dependent launch; by default wherever the
     GPU has it. Calls can be captured in a CUDA graph once one call of that batch size was made.
+    Two streams must not run one instance at a time: blocks that share a tile count in one place.
     plan: one that fits the matrix (plans.fitted), for every batch in place of the table's.
     """
 
@@ -85,21 +86,19 @@ class CudaLinear:
         tokens = self._check(x, residual)
         if tokens == 0:
             return x.new_empty(0, self.outputs)
-        residual = None if residual is None else residual.contiguous()
+        residual = None if residual is None else _contiguous(residual)
         plan = self._plan_for(tokens)
         if plan is None:
             return self.dense.product(self.dense.plain(x), residual)
         y = torch.empty(tokens, self.outputs, dtype=self.dtype, device=self.device)
-        if isinstance(plan, MmaPlan):
-            self._packed_product(self.dense.plain(x), residual, y, plan)
-        else:
-            self._packed_product(self.dense.arrange(x, plan.tokens), residual, y, plan)
+        self._multiply(x, residual, y, plan)
         return y
 
     def arranged_rows(self, tokens: int) -> int:
-        """So many rows have inputs that spare a copy where they come arranged; 0: any other do.
+        """How many rows inputs must have that come arranged; 0 where they must come plain.
 
-        Arranged are (K / 64, tokens, 64), in the order of arranged.cuh, a view of so many rows.
+        Arranged inputs spare a copy: (K / 64, tokens, 64), in the order of arranged.cuh, a view
+        of so many rows.
         """
         plan = self._plan_for(tokens)
         if self.matrix.gather is not None or plan is None or isinstance(plan, MmaPlan):
@@ -107,13 +106,14 @@ class CudaLinear:
         return -(-tokens // plan.tokens) * plan.tokens
 
     def swiglu(self, x: torch.Tensor, arranged_rows: int) -> torch.Tensor:
-        """Of gate and up (`paired`, no bias); arranged where the kernel can do that in passing."""
+        """Of gate and up (`paired`, without a bias), for a linear that takes so many rows:
+        arranged, where the kernel can do that in passing."""
         tokens = self._check(x, None)
         plan = self._plan_for(tokens)
         if not arranged_rows or not isinstance(plan, HopperPlan) or plan.split > 1:
             return self(x)
         y = arranged(tokens, self.outputs, arranged_rows, x)
-        self._packed_product(self.dense.arrange(x, plan.tokens), None, y, plan)
+        self._multiply(x, None, y, plan)
         return y
 
     def _plan_for(self, tokens: int) -> Plan | None:
@@ -121,9 +121,8 @@ class CudaLinear:
 
     def _check(self, x: torch.Tensor, residual: torch.Tensor | None) -> int:
         """The tokens of x, or ConfigError."""
-        k = self.matrix.in_features
-        *pieces, tokens, inputs = x.shape if x.dim() in (2, 3) else (0, 0, 0)
-        whole = inputs == k if not pieces else (pieces[0], inputs) == (k // PIECE, PIECE)
+        k, tokens = self.matrix.in_features, x.shape[-2] if x.dim() in (2, 3) else 0
+        whole = self._is_arranged(x) if x.dim() == 3 else x.dim() == 2 and x.shape[1] == k
         if not whole or x.dtype != self.dtype or x.device != self.device:
             raise ConfigError(
                 f"This linear takes (tokens, {k}) of {self.dtype} on {self.device}, got "
@@ -141,29 +140,47 @@ class CudaLinear:
             )
         return tokens
 
-    def _packed_product(
+    def _is_arranged(self, x: torch.Tensor) -> bool:
+        shape, rows = (self.matrix.in_features // PIECE, PIECE), self.arranged_rows(x.shape[1])
+        return (x.shape[0], x.shape[2]) == shape and rows > 0 and rows_of(x) == rows
+
+    def _multiply(
         self, x: torch.Tensor, residual: torch.Tensor | None, y: torch.Tensor, plan: Plan
     ) -> None:
-        """x as the plan's kernel reads it; y (tokens, N), or arranged."""
+        """y (tokens, N); arranged, if a Hopper plan without a cluster makes silu(gate) * up."""
+        if isinstance(plan, MmaPlan):
+            x = self.dense.plain(x)
+            values = self._values(x, x.stride(0), residual, y, plan)
+            self._launch(plan, plan.grid(len(y), self.matrix.tiles), _GemmArguments(*values))
+            return
+        m, x = self.matrix, self.dense.arrange(x, plan.tokens)
+        shares = plan.shares(x.shape[1], m.tiles, m.rows, self.gpu.multiprocessors)
+        count = plan.scratch_floats(shares)
+        scratch = torch.empty(count, dtype=torch.float32, device=self.device)
+        arguments = _HopperArguments(
+            *self._values(x, rows_of(x), residual, y, plan),
+            *pointers(scratch, self._arrived),
+            *(shares.whole, shares.parts, rows_of(y) if y.dim() == 3 else 0),
+        )
+        self._launch(plan, (shares.blocks * plan.split, 1), arguments)
+
+    def _values(
+        self,
+        x: torch.Tensor,
+        x_stride: int,
+        residual: torch.Tensor | None,
+        y: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[int | None, ...]:
+        """The fields of _GemmArguments."""
         m, chunk = self.matrix, plan.pieces * PIECE
-        tokens, stride = y.shape[-2], x.stride(0) if x.dim() == 2 else rows_of(x)
-        values = (
-            *_pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
-            *(tokens, stride, self.outputs, m.tiles),
+        return (
+            *pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
+            *(y.shape[-2], x_stride, self.outputs, m.tiles),
             *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
         )
-        arguments: ctypes.Structure
-        if isinstance(plan, HopperPlan):
-            shares = plan.shares(tokens, m.tiles, m.rows, self.gpu.multiprocessors)
-            scratch = torch.empty(plan.scratch_floats(shares), device=self.device)
-            arguments = _HopperArguments(
-                *(*values, *_pointers(scratch, self._arrived)),
-                *(shares.whole, shares.parts),
-                rows_of(y) if y.dim() == 3 else 0,
-            )
-            grid = (shares.blocks * plan.split, 1)
-        else:
-            arguments, grid = _GemmArguments(*values), plan.grid(tokens, m.tiles)
+
+    def _launch(self, plan: Plan, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
         self.load(plan).launch(grid, plan.threads, arguments, dependent=self._dependent)
 
     def load(self, plan: Plan) -> Kernel:
@@ -177,5 +194,7 @@ class CudaLinear:
         return self._kernels[plan]
 
 
-def _pointers(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
-    return tuple(None if t is None else t.data_ptr() for t in tensors)
+def _contiguous(residual: torch.Tensor) -> torch.Tensor:
+    """Copied unless it is, and the kernels can read several numbers of it at once."""
+    fits = residual.is_contiguous() and residual.data_ptr() % 16 == 0
+    return residual if fits else residual.clone(memory_format=torch.contiguous_format)

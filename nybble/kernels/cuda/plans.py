@@ -152,12 +152,15 @@ class HopperPlan:
 
 Plan = MmaPlan | HopperPlan
 
-_ADDING = 2  # what one more part of a shared tile costs, in steps of 128 inputs
+# What one more part of a shared tile costs, in steps of 128 inputs: its sums, 147 KB for tiles of
+# 192 x 192, written to the L2 and read by one block.
+_ADDING = 2
 
 # Up to so many tokens: candidates, each with the time that a block takes for 128 inputs (in units
 # that compare within a row). docs/decisions/003 has the measurements.
 _Table = tuple[tuple[int, tuple[tuple[float, Plan], ...]], ...]
 
+_MOST_TOKENS = 1 << 31
 _ONE_COLUMN = MmaPlan(columns=1)
 _TWO_COLUMNS = (
     (1.0, MmaPlan(columns=2, tiles=2, min_blocks=2)),
@@ -191,6 +194,9 @@ _HOPPER: _Table = (
     ),
     (128, (_WIDE_64, *_MEDIUM)),
     (1024, (*_LARGE, _WIDEST)),
+    # Power counts here, and the widest tiles unpack weights least often: others must be far better.
+    (4096, ((1.4, _LARGE[0][1]), _WIDEST)),
+    (_MOST_TOKENS, (_WIDEST,)),
 )
 ALL_PLANS = tuple(
     dict.fromkeys(plan for table in (_MMA, _HOPPER) for _, row in table for _, plan in row)
@@ -199,11 +205,11 @@ ALL_PLANS = tuple(
 
 @lru_cache(maxsize=4096)
 def plan_for(tokens: int, layout: Layout, gpu: Gpu) -> Plan | None:
-    """The kernel's shape for this batch, or None where cuBLAS on dequantised weights is faster."""
-    hopper = gpu.hopper and layout.exact_scales
-    candidates = next((row for most, row in (_HOPPER if hopper else _MMA) if tokens <= most), None)
+    """The kernel's shape for this batch, or None: cuBLAS on dequantised weights."""
+    table = _HOPPER if gpu.hopper and layout.exact_scales else _MMA
+    candidates = next((row for most, row in table if tokens <= most), None)
     if candidates is None:
-        return fitted(_WIDEST[1], layout) if hopper else None
+        return None
     _, plan = min(candidates, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))
     return fitted(plan, layout)
 

@@ -21,7 +21,8 @@ from nybble.kernels.cuda.selftest_ops import Shape, check, compare, normal
 from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import RefBackend
 
-_TOKENS = (*range(1, 65), *range(80, 1100, 16))  # into every row of the plans' tables, and beyond
+# Into every row of the plans' tables.
+_TOKENS = (*range(1, 65), *range(80, 1100, 16), *range(1152, 4200, 64))
 _INPUTS, _OUTPUTS = 1024, 256  # of the matrix that stands for the model's
 
 
