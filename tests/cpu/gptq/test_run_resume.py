@@ -27,17 +27,22 @@ class Killed(BaseException):
     """What a test raises in place of a signal: nothing in the package may catch it."""
 
 
-@pytest.mark.parametrize("after", [1, 4, 6, 12])
-def test_an_interrupted_run_ends_with_the_same_bytes(llama, tmp_path, windows, content, after):
-    whole, target = tmp_path / "whole", tmp_path / "out"
-    quantize_checkpoint(llama, whole, INT4, windows)
+def break_off(source, target, windows, after: int) -> None:
+    """Begin a run that ends with its matrix number `after`."""
 
     def interrupt(result, done, total):
         if done == after:
             raise Killed
 
     with pytest.raises(Killed):
-        quantize_checkpoint(llama, target, INT4, windows, progress=interrupt)
+        quantize_checkpoint(source, target, INT4, windows, progress=interrupt)
+
+
+@pytest.mark.parametrize("after", [1, 4, 6, 12])
+def test_an_interrupted_run_ends_with_the_same_bytes(llama, tmp_path, windows, content, after):
+    whole, target = tmp_path / "whole", tmp_path / "out"
+    quantize_checkpoint(llama, whole, INT4, windows)
+    break_off(llama, target, windows, after)
     assert not target.exists()
     seen = []
     quantize_checkpoint(
@@ -120,13 +125,8 @@ def test_sigkill_at_any_stage_changes_nothing(llama, tmp_path, windows, content)
 
 
 def test_other_settings_do_not_continue_a_run(llama, tmp_path, windows):
-    def interrupt(result, done, total):
-        if done == 5:
-            raise Killed
-
     target = tmp_path / "out"
-    with pytest.raises(Killed):
-        quantize_checkpoint(llama, target, INT4, windows, progress=interrupt)
+    break_off(llama, target, windows, after=5)
     with pytest.raises(ConfigError, match=r"differs in quant.*delete that folder"):
         quantize_checkpoint(llama, target, INT8, windows)
     with pytest.raises(ConfigError, match="differs in calibration"):
@@ -140,24 +140,15 @@ def test_other_settings_do_not_continue_a_run(llama, tmp_path, windows):
 
 
 def test_a_run_without_a_finished_layer_binds_nobody(llama, tmp_path, windows):
-    def interrupt(result, done, total):
-        raise Killed
-
     target = tmp_path / "out"
-    with pytest.raises(Killed):
-        quantize_checkpoint(llama, target, INT4, windows, progress=interrupt)
+    break_off(llama, target, windows, after=1)
     assert not list(tmp_path.glob(".*"))
     quantize_checkpoint(llama, target, INT8, windows)
 
 
 def test_a_damaged_journal_is_named(llama, tmp_path, windows):
-    def interrupt(result, done, total):
-        if done == 5:
-            raise Killed
-
     target = tmp_path / "out"
-    with pytest.raises(Killed):
-        quantize_checkpoint(llama, target, INT4, windows, progress=interrupt)
+    break_off(llama, target, windows, after=5)
     layer = tmp_path / ".out.quantizing" / "layer-00000.safetensors"
     layer.write_bytes(layer.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"layer-00000.*delete it"):
