@@ -119,8 +119,14 @@ class Broken(CudaBackend):
 
     def attention(self, q, layer, batch, scale, reader=None):
         out = super().attention(q, layer, batch, scale, reader)
-        if self.fault == "attention":
+        if self.fault == "attention" or (self.fault == "reader" and out.dim() == 3):
             out[-1] = out[0]
+        return out
+
+    def add_mlp(self, x, weight, eps, gate_up, down):
+        out = super().add_mlp(x, weight, eps, gate_up, down)
+        if self.fault == "mlp":
+            out[-1] = 0
         return out
 
     def partial_attention(self, q, layer, batch, scale, *, closed):
@@ -133,6 +139,12 @@ class Broken(CudaBackend):
         out = super().merge_attention(first, second)
         if self.fault == "merge_attention":
             out[-1] = second[0][-1]
+        return out
+
+    def _normed(self, x, weight, eps, linear):
+        out = super()._normed(x, weight, eps, linear)
+        if self.fault == "rms_norm" and out.dim() == 3:
+            out.copy_(out.roll(1, 1))
         return out
 
     def rope_store(self, q, k, v, cos, sin, layer, batch):
@@ -176,6 +188,19 @@ def test_self_test_of_every_product(name, dtype):
         quant = dataclasses.replace(config.quant, bits=bits)
         changed = dataclasses.replace(config, quant=quant)
         selftest.check_model(CudaBackend("cuda", dtype), changed, "int8")
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [("rms_norm", "rms_norm before"), ("reader", "attention .* before"), ("mlp", "MLP")],
+)
+def test_self_test_finds_faults_between_products(fault, name):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("only kernels for Hopper read activations in an order of their own")
+    backend, config = Broken("cuda"), shapes.shape("qwen-72b-int4")
+    backend.fault = fault
+    with pytest.raises(ConfigError, match=name):
+        selftest.check_model(backend, config, "int8")
 
 
 def test_refusals():

@@ -12,18 +12,20 @@ from typing import NamedTuple
 import torch
 
 from nybble.config import ModelConfig, QuantConfig
+from nybble.kernels.backend import LinearFn
 from nybble.kernels.cuda.backend import CudaBackend
 from nybble.kernels.cuda.linear import CudaLinear
 from nybble.kernels.cuda.packing import SHORT_GROUPS, TILE, pack, padded_rows, refusal
 from nybble.kernels.cuda.plans import Gpu, Layout, Plan, plan_for
 from nybble.kernels.cuda.samples import random_matrix
-from nybble.kernels.cuda.selftest_ops import Shape, check, compare, normal
+from nybble.kernels.cuda.selftest_ops import Shape, check, check_reader, compare, normal
 from nybble.kernels.matrix import QuantMatrix
 from nybble.kernels.ref import RefBackend
 
 # Into every row of the plans' tables.
 _TOKENS = (*range(1, 65), *range(80, 1100, 16), *range(1152, 4200, 64))
-_INPUTS, _OUTPUTS = 1024, 256  # of the matrix that stands for the model's
+_WIDTH = 1024  # of the matrices that stand for the model's
+_EPS = 1e-6
 
 
 class Variant(NamedTuple):
@@ -36,9 +38,10 @@ class Variant(NamedTuple):
 def check_model(backend: CudaBackend, config: ModelConfig, kv_kind: str) -> None:
     """Raises ConfigError, naming the kernel, where a result is off."""
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    check(backend, Shape(*heads, config.hidden_size, kv_kind))
+    shape = Shape(*heads, config.hidden_size, kv_kind)
+    check(backend, shape)
     if config.quant is not None:
-        _check_products(backend, config, config.quant)
+        _check_products(backend, config, config.quant, shape)
 
 
 def check_linear(backend: CudaBackend, matrix: QuantMatrix, tokens: int = 3) -> None:
@@ -78,13 +81,16 @@ def layouts(config: ModelConfig, quant: QuantConfig, exact: bool) -> Iterator[La
         yield Layout(quant.bits, rows, tiles, groups, size or rows, exact, paired)
 
 
-def _check_products(backend: CudaBackend, config: ModelConfig, quant: QuantConfig) -> None:
+def _check_products(
+    backend: CudaBackend, config: ModelConfig, quant: QuantConfig, shape: Shape
+) -> None:
+    """Alone, then behind what leaves its result in the order that they read."""
     random = _seeded(backend)
-    matrix = _small_matrix(backend, quant, random)
-    if refusal(matrix) is not None:
-        check_linear(backend, matrix)
+    wide, square = _matrices(backend, quant, random)
+    if refusal(square) is not None:
+        check_linear(backend, square)
         return
-    packed = {paired: pack(matrix, paired=paired) for paired in (False, True)}
+    packed = {True: pack(wide, paired=True), False: pack(square)}
     some = CudaLinear(packed[False], dtype=backend.dtype)
     tokens = variants(config, quant, some.layout.exact_scales, some.gpu)
     linears = {
@@ -93,11 +99,48 @@ def _check_products(backend: CudaBackend, config: ModelConfig, quant: QuantConfi
     }
     _load(linears)
     reference = RefBackend(backend.device, backend.dtype)
-    product = reference.quant_linear(matrix, None)
+    gate_up, product = (reference.quant_linear(matrix, None) for matrix in (wide, square))
+    weight = normal(backend, random, square.in_features)
+    *_, down = layouts(config, quant, some.layout.exact_scales)
     for variant, linear in linears.items():
-        x = normal(backend, random, tokens[variant], matrix.in_features)
-        want = reference.silu_mul(product(x)) if variant.paired else product(x)
-        compare(f"matrix ({matrix.bits} bits, {len(x)} tokens)", linear(x), want)
+        x = normal(backend, random, tokens[variant], square.in_features)
+        name = f"matrix ({quant.bits} bits, {len(x)} tokens)"
+        if variant.paired:
+            reader = linears[Variant(plan_for(len(x), down, some.gpu), paired=False)]
+            compare(name, linear(x), reference.silu_mul(gate_up(x)))
+            _check_mlp(backend, x, weight, (linear, reader), (gate_up, product))
+        else:
+            compare(name, linear(x), product(x))
+            if linear.arranged_rows(len(x)):
+                _check_behind_norm(backend, x, weight, linear, product)
+                check_reader(backend, shape, linear, product, square.in_features)
+
+
+def _check_mlp(
+    backend: CudaBackend,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    linears: tuple[LinearFn, LinearFn],
+    expected: tuple[LinearFn, LinearFn],
+) -> None:
+    """linears: gate and up, then down; expected: the reference's."""
+    reference = RefBackend(backend.device, backend.dtype)
+    want = reference.add_mlp(x.clone(), weight, _EPS, *expected)
+    got = backend.add_mlp(x, weight, _EPS, *linears)
+    compare(f"MLP ({len(x)} tokens)", got, want)
+
+
+def _check_behind_norm(
+    backend: CudaBackend,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    linear: LinearFn,
+    expected: LinearFn,
+) -> None:
+    reference = RefBackend(backend.device, backend.dtype)
+    want = reference.norm_linear(x, weight, _EPS, expected)
+    got = backend.norm_linear(x, weight, _EPS, linear)
+    compare(f"rms_norm before a matrix ({len(x)} tokens)", got, want)
 
 
 def _load(linears: dict[Variant, CudaLinear]) -> None:
@@ -112,17 +155,22 @@ def _load(linears: dict[Variant, CudaLinear]) -> None:
             one.result()
 
 
-def _small_matrix(backend: CudaBackend, quant: QuantConfig, random: torch.Generator) -> QuantMatrix:
-    """With the grid of the model's."""
-    return random_matrix(
-        max(_INPUTS, quant.group_size),
-        _OUTPUTS,
-        bits=quant.bits,
-        group_size=quant.group_size,
-        symmetric=quant.sym,
-        scale_dtype=backend.dtype,
-        random=random,
-    )
+def _matrices(
+    backend: CudaBackend, quant: QuantConfig, random: torch.Generator
+) -> Iterator[QuantMatrix]:
+    """Small ones on the grid of the model's: of gate and up, and one that reads their result."""
+    width = -(-max(_WIDTH, quant.group_size) // _WIDTH) * _WIDTH
+    for outputs in (2 * width, width):
+        yield random_matrix(
+            width,
+            outputs,
+            bits=quant.bits,
+            group_size=quant.group_size,
+            symmetric=quant.sym,
+            scale=0.16 / 2**quant.bits,  # results of an MLP are of the size of its inputs
+            scale_dtype=backend.dtype,
+            random=random,
+        )
 
 
 def _seeded(backend: CudaBackend) -> torch.Generator:

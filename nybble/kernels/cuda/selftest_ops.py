@@ -15,6 +15,7 @@ from nybble.kernels.backend import (
     Backend,
     Batch,
     KVLayer,
+    LinearFn,
     OpenStep,
     scales_shape,
     stored_width,
@@ -47,6 +48,25 @@ def check(backend: CudaBackend, shape: Shape) -> None:
     random = torch.Generator(backend.device).manual_seed(0)
     _check_rows(backend, reference, shape, random)
     _check_attention(backend, reference, shape, random)
+
+
+def check_reader(
+    backend: CudaBackend, shape: Shape, linear: LinearFn, want: LinearFn, width: int
+) -> None:
+    """A prompt's attention as `linear` reads it; want: its reference, of so many inputs."""
+    reference = RefBackend(backend.device, backend.dtype)
+    random = torch.Generator(backend.device).manual_seed(0)
+    heads = width // shape.head_dim
+    shape = replace(shape, num_heads=heads, num_kv_heads=heads)
+    table = _table(backend.device, 1, -(-_LENGTH // shape.page_size))
+    cache = _layer(backend.device, shape, table.numel())
+    step = _batch(table, ((0, _LENGTH),), shape.page_size)
+    qkv, rotary = _inputs(backend, shape, _LENGTH, random)
+    q = backend.rope_store(*qkv, *rotary, cache, step)
+    scale = shape.head_dim**-0.5
+    got = linear(backend.attention(q, cache, step, scale, linear))
+    expected = want(reference.attention(q, cache, step, scale))
+    compare(f"attention ({shape.kv_kind} cache, before a matrix)", got, expected)
 
 
 def _check_rows(
