@@ -184,12 +184,16 @@ def test_dense_product_in_slabs(paired, random, monkeypatch):
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "tokens"),
-    [(24576, 100, 1100), (24576, 600, 2500), (2048, 600, 8000), (8192, 600, 8000)],
+    [
+        *((24576, 100, 1100), (24576, 600, 2500), (2048, 600, 8000), (8192, 600, 8000)),
+        *((24576, 100, 20), (8192, 1000, 40), (256, 1000, 60), (24576, 8192, 250)),
+    ],
 )
 def test_tiles_shared_by_blocks(inputs, outputs, tokens, paired, random):
-    """A wave that would be partly filled: its tiles have up to nine blocks, which add up.
+    """A wave that would be partly filled: its tiles have up to eight blocks, which add up.
 
     On an H100 8,000 tokens leave 36 of 168 tiles to share; the others have blocks of their own.
+    The last matrix has 86 tiles, in three parts each: two waves.
     """
     matrix = random_matrix(inputs, outputs, random=random)
     linear = CudaLinear(matrix, paired=paired)

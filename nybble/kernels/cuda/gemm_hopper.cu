@@ -1,12 +1,10 @@
 // y = x W for tens of tokens and more on compute capability 9.0: the weights are scaled in registers
 // and are the A operand of wgmma, the tokens the B operand in shared memory.
 //
-// A block owns WARPGROUPS * 64 outputs and TOKENS tokens. K is split over the SPLIT blocks of a
-// cluster, which add up through one another's shared memory; where there is no cluster, the tiles of
-// a last wave that would be partly filled are shared by several blocks, which add up through global
-// memory. While a piece of 64 inputs is multiplied, the next is unpacked. A chunk is PIECES of them
-// (DEPTH * PIECES is even): the weights of DEPTH chunks are on their way to registers, the tokens of
-// BUFFERS - 2 to shared memory.
+// A block owns WARPGROUPS * 64 outputs and TOKENS tokens. The tiles of a last wave that would be partly
+// filled are shared by several blocks, which split K and add up through global memory. While a piece of
+// 64 inputs is multiplied, the next is unpacked. A chunk is PIECES of them (DEPTH * PIECES is even): the
+// weights of DEPTH chunks are on their way to registers, the tokens of BUFFERS - 2 to shared memory.
 #include "arranged.cuh"
 #include "wgmma.cuh"
 
@@ -138,31 +136,6 @@ __device__ __forceinline__ void multiply_piece(float (&sum)[TOKENS / 2],
     wgmma_commit();
 }
 
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// Sums over the cluster's blocks of four floats of their shared memory.
-__device__ __forceinline__ float4 cluster_sum(const float* at) {
-    if (SPLIT == 1) return *reinterpret_cast<const float4*>(at);
-    const u32 local = u32(__cvta_generic_to_shared(at));
-    float4 part[SPLIT];  // all on their way before the first is used
-#pragma unroll
-    for (int rank = 0; rank < SPLIT; ++rank) {
-        u32 remote;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(part[rank].x), "=f"(part[rank].y), "=f"(part[rank].z),
-                       "=f"(part[rank].w) : "r"(remote));
-    }
-    float4 total = part[0];
-#pragma unroll
-    for (int rank = 1; rank < SPLIT; ++rank)
-        total = make_float4(total.x + part[rank].x, total.y + part[rank].y,
-                            total.z + part[rank].z, total.w + part[rank].w);
-    return total;
-}
-
 __device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int output, int limit) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
@@ -170,15 +143,15 @@ __device__ __forceinline__ void add_bias(const Args& a, float (&value)[4], int o
 }
 
 constexpr int kRows = kTiles * (PAIRED ? 8 : 16);             // outputs of a block
-constexpr int kFours = TOKENS / SPLIT * kRows / 4;            // that it writes, four by four
+constexpr int kFours = TOKENS * kRows / 4;                    // that it writes, four by four
 constexpr int kBatch = kFours < 4 * kThreads ? (kFours + kThreads - 1) / kThreads : 4;  // of a thread
 
 // Four neighbouring outputs of a token.
 struct Four {
     int row, column, token, output;
     bool some;
-    __device__ __forceinline__ Four(const Args& a, int tile0, int token0, int rank, int index) {
-        row = index % (kRows / 4) * 4, column = rank * (TOKENS / SPLIT) + index / (kRows / 4);
+    __device__ __forceinline__ Four(const Args& a, int tile0, int token0, int index) {
+        row = index % (kRows / 4) * 4, column = index / (kRows / 4);
         token = token0 + column, output = tile0 * (PAIRED ? 8 : 16) + row;
         some = index < kFours && token < a.tokens && output < a.outputs;
     }
@@ -210,11 +183,11 @@ __device__ __forceinline__ void write_four(const Args& a, const float* sums, con
                                            uint2 residual) {
     const int row = PAIRED ? four.row / 8 * 16 + four.row % 8 : four.row;
     const float* sum = sums + four.column * kSumRow + row;
-    const float4 first = cluster_sum(sum);
+    const float4 first = *reinterpret_cast<const float4*>(sum);
     float value[4] = {first.x, first.y, first.z, first.w};
     if (a.bias) add_bias(a, value, four.output, a.outputs);
     if (PAIRED) {
-        const float4 second = cluster_sum(sum + 8);
+        const float4 second = *reinterpret_cast<const float4*>(sum + 8);
         float up[4] = {second.x, second.y, second.z, second.w};
         if (a.bias) add_bias(a, up, a.outputs + four.output, 2 * a.outputs);
 #pragma unroll
@@ -227,19 +200,18 @@ __device__ __forceinline__ void write_four(const Args& a, const float* sums, con
     four.store(a, value);
 }
 
-// sums: [TOKENS][kSumRow] of each block of the cluster; each block finishes its share of tokens.
-__device__ __forceinline__ void write_block(const Args& a, const float* sums, int tile0, int token0,
-                                            int rank) {
+// sums: [TOKENS][kSumRow].
+__device__ __forceinline__ void write_block(const Args& a, const float* sums, int tile0, int token0) {
     for (int first = threadIdx.x; first < kFours; first += kBatch * kThreads) {
         uint2 residual[kBatch] = {};  // all on their way before the first is used
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const Four four(a, tile0, token0, rank, first + i * kThreads);
+            const Four four(a, tile0, token0, first + i * kThreads);
             if (a.residual && four.some) residual[i] = four.load(a, a.residual);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const Four four(a, tile0, token0, rank, first + i * kThreads);
+            const Four four(a, tile0, token0, first + i * kThreads);
             if (four.some) write_four(a, sums, four, residual[i]);
         }
     }
@@ -270,8 +242,7 @@ __device__ __forceinline__ void write_arranged(const Args& a, const float* sums,
 // Which tile of the result a block works at, and at which part of the inputs.
 struct Share { int tile, part, parts; };
 __device__ __forceinline__ Share share_of_block(const Args& a) {
-    const int block = blockIdx.x / SPLIT, rest = block - a.whole;
-    if (SPLIT > 1) return {block, int(blockIdx.x % SPLIT), SPLIT};
+    const int block = blockIdx.x, rest = block - a.whole;
     if (rest < 0) return {block, 0, 1};
     return {a.whole + rest / a.parts, rest % a.parts, a.parts};
 }
@@ -317,8 +288,8 @@ __device__ __forceinline__ Place place_of(const Args& a, int tile) {
     return {first + rest % width, rest / width};
 }
 
-// Grid: (token blocks * row blocks * SPLIT), or the whole tiles and the parts of the others.
-extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(kThreads, MIN_BLOCKS)
+// Grid: the whole tiles, then the parts of the others.
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 gemm_hopper(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -389,11 +360,10 @@ gemm_hopper(const __grid_constant__ Args a) {
         const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + (i % 4 / 2) * 8;
         sums[token * kSumRow + warp * 16 + row] = sum[i];
     }
-    if (SPLIT > 1) sync_cluster(); else __syncthreads();
-    if (SPLIT == 1 && share.parts > 1 && !add_parts(a, sums, share)) return;
-    if (PAIRED && SPLIT == 1 && a.y_rows)
+    __syncthreads();
+    if (share.parts > 1 && !add_parts(a, sums, share)) return;
+    if (PAIRED && a.y_rows)
         write_arranged(a, sums, tile0, token0);
     else
-        write_block(a, sums, tile0, token0, SPLIT > 1 ? share.part : 0);
-    if (SPLIT > 1) sync_cluster();  // the others may still read this block's shared memory
+        write_block(a, sums, tile0, token0);
 }

@@ -19,7 +19,9 @@ from nybble.kernels.cuda.plans import (
     inverse,
     layout_of,
     matrix_defines,
+    most_shared,
     plan_for,
+    shares_of,
 )
 from nybble.kernels.matrix import QuantMatrix
 
@@ -77,8 +79,8 @@ class CudaLinear:
         self._plan = plan
         self.dense = DenseKernels(packed, self._bias, dtype, dependent=self._dependent)
         self._kernels: dict[Plan, Kernel] = {}
-        slots = properties.multi_processor_count if self.gpu.hopper else 0
-        self._arrived = torch.zeros(slots, dtype=torch.int32, device=self.device)
+        shared = most_shared(self.gpu) if self.gpu.hopper else 0
+        self._arrived = torch.zeros(shared, dtype=torch.int32, device=self.device)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (tokens, K) or arranged; residual like the result, added to it in fp32, and perhaps
@@ -110,7 +112,7 @@ class CudaLinear:
         arranged, where the kernel can do that in passing."""
         tokens = self._check(x, None)
         plan = self._plan_for(tokens)
-        if not arranged_rows or not isinstance(plan, HopperPlan) or plan.split > 1:
+        if not arranged_rows or not isinstance(plan, HopperPlan):
             return self(x)
         y = arranged(tokens, self.outputs, arranged_rows, x)
         self._multiply(x, None, y, plan)
@@ -147,14 +149,14 @@ class CudaLinear:
     def _multiply(
         self, x: torch.Tensor, residual: torch.Tensor | None, y: torch.Tensor, plan: Plan
     ) -> None:
-        """y (tokens, N); arranged, if a Hopper plan without a cluster makes silu(gate) * up."""
+        """y (tokens, N); arranged, if a Hopper plan makes silu(gate) * up."""
         if isinstance(plan, MmaPlan):
             x = self.dense.plain(x)
             values = self._values(x, x.stride(0), residual, y, plan)
             self._launch(plan, plan.grid(len(y), self.matrix.tiles), _GemmArguments(*values))
             return
         m, x = self.matrix, self.dense.arrange(x, plan.tokens)
-        shares = plan.shares(x.shape[1], m.tiles, m.rows, self.gpu.multiprocessors)
+        shares = shares_of(plan, x.shape[1], m.tiles, m.rows, self.gpu)
         count = plan.scratch_floats(shares)
         scratch = torch.empty(count, dtype=torch.float32, device=self.device)
         arguments = _HopperArguments(
@@ -162,7 +164,7 @@ class CudaLinear:
             *pointers(scratch, self._arrived),
             *(shares.whole, shares.parts, rows_of(y) if y.dim() == 3 else 0),
         )
-        self._launch(plan, (shares.blocks * plan.split, 1), arguments)
+        self._launch(plan, (shares.blocks, 1), arguments)
 
     def _values(
         self,

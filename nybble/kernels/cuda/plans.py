@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import isqrt
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -103,12 +102,11 @@ class HopperPlan:
     """
 
     tokens: int
-    warpgroups: int = 2
-    split: int = 1
-    depth: int = 2
+    warpgroups: int = 3
+    depth: int = 1
     buffers: int = 4
     min_blocks: int = 1
-    pieces: int = 2
+    pieces: int = 4
     band: int = 12
 
     name: ClassVar[str] = "gemm_hopper"
@@ -124,15 +122,9 @@ class HopperPlan:
         inputs = self.buffers * self.pieces * self.tokens * PIECE * 2
         return max(inputs, self.tokens * (64 * self.warpgroups + 4) * 4)
 
-    def shares(self, tokens: int, tiles: int, rows: int, multiprocessors: int) -> Shares:
-        """Tiles that would not fill a wave of blocks are shared, where no cluster splits them."""
-        blocks = -(-tokens // self.tokens) * -(-tiles // (4 * self.warpgroups))
-        rest = blocks % multiprocessors
-        if self.split > 1 or self.min_blocks > 1 or rest == 0:
-            return Shares(blocks)
-        # steps / parts + _ADDING * parts is least at the root.
-        parts = min(multiprocessors // rest, isqrt(rows // (128 * _ADDING)))
-        return Shares(blocks - rest, rest, parts) if parts > 1 else Shares(blocks)
+    def blocks(self, tokens: int, tiles: int) -> int:
+        """Of a product whose tiles have a block each."""
+        return -(-tokens // self.tokens) * -(-tiles // (4 * self.warpgroups))
 
     def scratch_floats(self, shares: Shares) -> int:
         return shares.shared * shares.parts * self.tokens * 64 * self.warpgroups
@@ -141,7 +133,6 @@ class HopperPlan:
         return {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
-            "SPLIT": self.split,
             "DEPTH": self.depth,
             "BUFFERS": self.buffers,
             "MIN_BLOCKS": self.min_blocks,
@@ -152,9 +143,11 @@ class HopperPlan:
 
 Plan = MmaPlan | HopperPlan
 
-# What one more part of a shared tile costs, in steps of 128 inputs: its sums, 147 KB for tiles of
-# 192 x 192, written to the L2 and read by one block.
-_ADDING = 2
+# What one more part of a shared tile costs, in steps of 128 inputs where a multiprocessor has one
+# block: its sums, written to the L2 and read by one block.
+_ADDING = 3
+_MOST_PARTS = 8
+_MOST_WAVES = 2  # of parts
 
 # Up to so many tokens: candidates, each with the time that a block takes for 128 inputs (in units
 # that compare within a row). docs/decisions/003 has the measurements.
@@ -172,31 +165,18 @@ _MMA: _Table = (
     (32, ((1.0, MmaPlan(columns=4, tiles=2, slices=4, min_blocks=2)),)),
     (128, ((1.0, MmaPlan(columns=8, tiles=2, slices=4, depth=1, min_blocks=2)),)),
 )
-_MEDIUM = tuple(
-    (1.18, HopperPlan(128, warpgroups=3, split=split, depth=3 if split == 1 else 2))
-    for split in (1, 2, 4)
-)
-_LARGE = tuple(
-    (1.13, HopperPlan(128, warpgroups=3, split=split, depth=1, buffers=3, pieces=4))
-    for split in (1, 2, 4)
-)
-_WIDEST = (1.7, HopperPlan(192, warpgroups=3, band=6))
-_WIDE_64 = (1.08, HopperPlan(64, split=2, depth=4, buffers=5, min_blocks=2))
+_WGMMA_96 = HopperPlan(96)
+_WGMMA_128 = HopperPlan(128, buffers=3)
+_WIDEST = HopperPlan(192, depth=2, pieces=2, band=6)
 _HOPPER: _Table = (
     *_MMA[:2],
-    (32, ((1.0, HopperPlan(32, warpgroups=1, split=4, depth=3, min_blocks=4)),)),
-    (
-        64,
-        (
-            (0.77, HopperPlan(64, warpgroups=1, split=2, depth=4, buffers=5, min_blocks=2)),
-            _WIDE_64,
-        ),
-    ),
-    (128, (_WIDE_64, *_MEDIUM)),
-    (1024, (*_LARGE, _WIDEST)),
+    (32, ((1.0, HopperPlan(32, warpgroups=2, min_blocks=3)),)),
+    (48, ((1.0, HopperPlan(48, depth=2)),)),
+    (64, ((1.0, HopperPlan(64)),)),
+    (1024, ((0.84, _WGMMA_96), (1.0, _WGMMA_128), (1.36, _WIDEST))),
     # Power counts here, and the widest tiles unpack weights least often: others must be far better.
-    (4096, ((1.4, _LARGE[0][1]), _WIDEST)),
-    (_MOST_TOKENS, (_WIDEST,)),
+    (4096, ((1.0, _WGMMA_128), (1.2, _WIDEST))),
+    (_MOST_TOKENS, ((1.0, _WIDEST),)),
 )
 ALL_PLANS = tuple(
     dict.fromkeys(plan for table in (_MMA, _HOPPER) for _, row in table for _, plan in row)
@@ -210,8 +190,8 @@ def plan_for(tokens: int, layout: Layout, gpu: Gpu) -> Plan | None:
     candidates = next((row for most, row in table if tokens <= most), None)
     if candidates is None:
         return None
-    _, plan = min(candidates, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))
-    return fitted(plan, layout)
+    fitting = [(time, fitted(plan, layout)) for time, plan in candidates]
+    return min(fitting, key=lambda item: item[0] * _block_steps(item[1], tokens, layout, gpu))[1]
 
 
 def matrix_defines(matrix: PackedMatrix, dtype: torch.dtype, pieces: int) -> dict[str, int]:
@@ -245,11 +225,12 @@ def fitted(plan: Plan, layout: Layout) -> Plan:
     if isinstance(plan, MmaPlan):
         whole = _in_whole_chunks(plan.pieces, layout) and layout.bits == 4
         return plan if whole else replace(plan, pieces=1)
-    depth = plan.depth if layout.bits == 4 else -(-plan.depth // 2)
-    smaller = (pieces for pieces in (4, 2) if pieces <= plan.pieces)
-    pieces = next((pieces for pieces in smaller if _in_whole_chunks(pieces, layout)), 1)
-    more = plan.pieces // pieces  # chunks, so that as many inputs are on their way
-    return replace(plan, pieces=pieces, depth=depth * more, buffers=plan.buffers * more)
+    codes = plan.depth * plan.pieces // (layout.bits // 4)  # pieces of them on their way
+    fits = (n for n in (4, 2) if n <= min(plan.pieces, codes) and _in_whole_chunks(n, layout))
+    pieces = next(fits, 1)
+    return replace(
+        plan, pieces=pieces, depth=codes // pieces, buffers=plan.buffers * plan.pieces // pieces
+    )
 
 
 def _in_whole_chunks(pieces: int, layout: Layout) -> bool:
@@ -264,8 +245,31 @@ def _block_steps(plan: Plan, tokens: int, layout: Layout, gpu: Gpu) -> float:
     if isinstance(plan, MmaPlan):
         across, down = plan.grid(tokens, layout.tiles)
         return -(-across * down // slots) * (steps / plan.slices + plan.overhead)
-    shares = plan.shares(tokens, layout.tiles, layout.rows, gpu.multiprocessors)
-    taken = -(-shares.whole * plan.split // slots) * (steps / plan.split + plan.overhead)
-    if shares.shared:
-        taken += steps / shares.parts + _ADDING * shares.parts + plan.overhead
-    return taken
+    shares = shares_of(plan, tokens, layout.tiles, layout.rows, gpu)
+    whole = -(-shares.whole // slots) * (steps + plan.overhead)
+    return whole + _shared_steps(plan, shares.shared, shares.parts, layout.rows, gpu)
+
+
+def most_shared(gpu: Gpu) -> int:
+    """Tiles, of one product."""
+    return gpu.multiprocessors * max(p.min_blocks for p in ALL_PLANS if isinstance(p, HopperPlan))
+
+
+@lru_cache(maxsize=4096)
+def shares_of(plan: HopperPlan, tokens: int, tiles: int, rows: int, gpu: Gpu) -> Shares:
+    """Tiles beyond the last full wave of blocks are shared by as many as finish first."""
+    slots, blocks = gpu.multiprocessors * plan.min_blocks, plan.blocks(tokens, tiles)
+    rest = blocks % slots
+    if rest == 0:
+        return Shares(blocks)
+    # Each part has a chunk at least, and what is added up fits the L2.
+    most = min(rows // (PIECE * plan.pieces), _MOST_WAVES * slots // rest, _MOST_PARTS)
+    parts = min(range(1, most + 1), key=lambda n: _shared_steps(plan, rest, n, rows, gpu))
+    return Shares(blocks - rest, rest, parts) if parts > 1 else Shares(blocks)
+
+
+def _shared_steps(plan: HopperPlan, tiles: int, parts: int, rows: int, gpu: Gpu) -> float:
+    """_block_steps of tiles that so many blocks share."""
+    waves = -(-tiles * parts // (gpu.multiprocessors * plan.min_blocks))
+    adding = _ADDING / plan.min_blocks * parts if parts > 1 else 0
+    return waves * (rows / 128 / parts + plan.overhead) + adding

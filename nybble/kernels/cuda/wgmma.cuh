@@ -29,20 +29,20 @@ __device__ __forceinline__ void wgmma_wait() {
 #else
 #define NYBBLE_TYPES ".f32.f16.f16 "
 #endif
-#define NYBBLE_16(d, i)                                                                        \
+#define NYBBLE_8(d, i)                                                                         \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),                 \
-        "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]),         \
-        "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]),    \
-        "+f"(d[i + 15])
+        "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define NYBBLE_16(d, i) NYBBLE_8(d, i), NYBBLE_8(d, i + 8)
 #define NYBBLE_A(a) "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3])
 #define NYBBLE_NAMES_16                                                                        \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define NYBBLE_NAMES_32                                                                        \
-    NYBBLE_NAMES_16                                                                            \
-    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NYBBLE_NAMES_64                                                                        \
+#define NYBBLE_NAMES_24 NYBBLE_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NYBBLE_NAMES_32 NYBBLE_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define NYBBLE_NAMES_48                                                                        \
     NYBBLE_NAMES_32                                                                            \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"         \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NYBBLE_NAMES_64                                                                        \
+    NYBBLE_NAMES_48                                                                            \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NYBBLE_NAMES_96                                                                        \
     NYBBLE_NAMES_64                                                                            \
@@ -55,10 +55,18 @@ __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" NYBBLE_TYPES NYBBLE_NAMES_16
                  "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
                  : NYBBLE_16(d, 0) : NYBBLE_A(a), "l"(b));
+#elif TOKENS == 48
+    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16" NYBBLE_TYPES NYBBLE_NAMES_24
+                 "}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"
+                 : NYBBLE_16(d, 0), NYBBLE_8(d, 16) : NYBBLE_A(a), "l"(b));
 #elif TOKENS == 64
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" NYBBLE_TYPES NYBBLE_NAMES_32
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
                  : NYBBLE_16(d, 0), NYBBLE_16(d, 16) : NYBBLE_A(a), "l"(b));
+#elif TOKENS == 96
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16" NYBBLE_TYPES NYBBLE_NAMES_48
+                 "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 0;"
+                 : NYBBLE_16(d, 0), NYBBLE_16(d, 16), NYBBLE_16(d, 32) : NYBBLE_A(a), "l"(b));
 #elif TOKENS == 128
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" NYBBLE_TYPES NYBBLE_NAMES_64
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
@@ -71,6 +79,6 @@ __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const Fragment& a,
                    NYBBLE_16(d, 64), NYBBLE_16(d, 80)
                  : NYBBLE_A(a), "l"(b));
 #else
-#error "TOKENS must be 32, 64, 128 or 192"
+#error "TOKENS must be 32, 48, 64, 96, 128 or 192"
 #endif
 }

@@ -17,7 +17,7 @@ from nybble.kernels.cuda import attention, dense, linear, rows
 from nybble.kernels.cuda.arranged import arranged, rows_of
 from nybble.kernels.cuda.attention import PagedAttention
 from nybble.kernels.cuda.backend import CudaBackend
-from nybble.kernels.cuda.plans import HopperPlan, MmaPlan, plan_for
+from nybble.kernels.cuda.plans import HopperPlan, MmaPlan, plan_for, shares_of
 from nybble.kernels.cuda.rows import RowKernels
 from nybble.kernels.cuda.samples import random_matrix
 
@@ -128,8 +128,8 @@ def test_blocks_are_as_many_as_the_plan_says(permuted, tokens, gpu):
         assert note.grid == plan.grid(tokens, one.matrix.tiles)
         return
     assert isinstance(plan, HopperPlan)
-    shares = plan.shares(tokens, one.matrix.tiles, one.matrix.rows, 132)
-    assert note.grid == (shares.blocks * plan.split, 1)
+    shares = shares_of(plan, tokens, one.matrix.tiles, one.matrix.rows, one.gpu)
+    assert note.grid == (shares.blocks, 1)
     assert (note.whole, note.parts) == (shares.whole, shares.parts)
     assert note.x_stride >= tokens
     assert note.x_stride % plan.tokens == 0

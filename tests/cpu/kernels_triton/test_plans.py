@@ -21,7 +21,9 @@ from nybble.kernels.cuda.plans import (
     group_define,
     inverse,
     layout_of,
+    most_shared,
     plan_for,
+    shares_of,
 )
 from nybble.kernels.cuda.samples import random_matrix
 from nybble.kernels.cuda.selftest import layouts, variants
@@ -120,15 +122,15 @@ def test_grids_cover_the_product(plan):
 
 
 @given(
-    st.sampled_from(HOPPER_PLANS), st.integers(1, 9000), st.integers(1, 4000), st.integers(1, 400)
+    st.sampled_from(HOPPER_PLANS), st.integers(1, 9000), st.integers(1, 4000), st.integers(1, 100)
 )
-def test_shares_cover_the_product_and_fit_a_wave(plan, tokens, tiles, pieces):
-    shares = plan.shares(tokens, tiles, pieces * 64, H100.multiprocessors)
-    blocks = -(-tokens // plan.tokens) * -(-tiles // (4 * plan.warpgroups))
-    assert shares.whole + shares.shared == blocks
+def test_shares_cover_the_product_and_fit_two_waves(plan, tokens, tiles, chunks):
+    shares = shares_of(plan, tokens, tiles, chunks * plan.pieces * 64, H100)
+    slots = H100.multiprocessors * plan.min_blocks
+    assert shares.whole + shares.shared == plan.blocks(tokens, tiles)
     assert shares.blocks == shares.whole + shares.shared * shares.parts
     if shares.shared:
-        assert plan.split == 1
-        assert shares.whole % H100.multiprocessors == 0
-        assert shares.shared * shares.parts <= H100.multiprocessors
-        assert 1 < shares.parts <= pieces // plan.pieces  # each has inputs of its own
+        assert shares.whole % slots == 0
+        assert shares.shared < slots <= most_shared(H100)
+        assert shares.shared * shares.parts <= 2 * slots
+        assert 1 < shares.parts <= chunks  # each has inputs of its own
