@@ -66,7 +66,7 @@ class Decoder:
         x = self.embed(ids)
         for index in range(len(self.layers) - 1):
             x = self.block(index, x, step)
-        last = rows is None and len(x) > step.batch.sequences
+        last = rows is None and x.shape[0] > step.batch.sequences
         x = self.block(len(self.layers) - 1, x, step, last=last)
         return self.head(x if rows is None else x.index_select(0, rows))
 
@@ -96,7 +96,7 @@ class Decoder:
         layer, config, at = self.layers[index], self.config, step.positions
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = self.backend.norm_linear(x, layer.input_norm, config.norm_eps, layer.qkv_proj)
-        qkv = qkv.view(len(x), -1, config.head_dim)
+        qkv = qkv.view(x.shape[0], -1, config.head_dim)
         q, k, v = qkv.split_with_sizes(heads, 1)  # (tokens, heads, head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.backend.rms_norm(q, layer.q_norm, config.norm_eps)

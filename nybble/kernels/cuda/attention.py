@@ -208,6 +208,7 @@ class PagedAttention:
         self._block_shared = block_shared - _STATIC_SHARED
         self._dependent = properties.major >= 9 if dependent is None else dependent
         self._hopper = properties.major == 9 if hopper is None else hopper
+        self._kernels: dict[tuple[object, ...], Kernel] = {}
         self._finished = torch.zeros(_UNITS, dtype=torch.int32, device=device)
 
     def rope_store(
@@ -244,7 +245,7 @@ class PagedAttention:
         """See Backend.attention. arranged_rows: the result may be arranged, in so many rows."""
         q, prompt = q.to(self.dtype), batch.max_query > 1 and batch.sequences == 1
         if arranged_rows and prompt and self._on_hopper(q):
-            out = arranged(len(q), q.shape[1] * q.shape[2], arranged_rows, q)
+            out = arranged(q.shape[0], q.shape[1] * q.shape[2], arranged_rows, q)
         else:
             out = torch.empty(q.flatten(1).shape, dtype=self.dtype, device=self.device)
         self._attend(q, layer, batch, scale, _Results(out))
@@ -350,15 +351,18 @@ class PagedAttention:
     def _kernel(
         self, name: str, layer: KVLayer, extra: dict[str, int], shared_bytes: int = 0
     ) -> Kernel:
-        defines = {
-            "KV": KINDS[layer.kind],
-            "BF16": int(self.dtype == torch.bfloat16),
-            "HEAD_DIM": layer.head_dim,
-            "PAGE": layer.page_size,
-            **extra,
-        }
-        items = tuple(sorted(defines.items()))
-        return kernel(f"{name}.cu", name, items, self.device, shared_bytes)
+        key = name, layer.kind, layer.head_dim, layer.page_size, shared_bytes, *extra.items()
+        if key not in self._kernels:
+            defines = {
+                "KV": KINDS[layer.kind],
+                "BF16": int(self.dtype == torch.bfloat16),
+                "HEAD_DIM": layer.head_dim,
+                "PAGE": layer.page_size,
+                **extra,
+            }
+            items = tuple(sorted(defines.items()))
+            self._kernels[key] = kernel(f"{name}.cu", name, items, self.device, shared_bytes)
+        return self._kernels[key]
 
 
 def _cache_of(layer: KVLayer, batch: Batch) -> _Cache:

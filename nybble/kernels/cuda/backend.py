@@ -72,7 +72,7 @@ class CudaBackend:
         scale: float,
         reader: LinearFn | None = None,
     ) -> torch.Tensor:
-        rows = 0 if reader is None else _arranged_rows(reader, len(q))
+        rows = 0 if reader is None else _arranged_rows(reader, q.shape[0])
         return self._attention(q, layer, batch, scale, rows)
 
     def partial_attention(
@@ -115,7 +115,7 @@ class CudaBackend:
     ) -> torch.Tensor:
         normed = self._normed(x, weight, eps, gate_up)
         if isinstance(gate_up, CudaLinear) and gate_up.matrix.paired:
-            gated = gate_up.swiglu(normed, _arranged_rows(down, len(x)))
+            gated = gate_up.swiglu(normed, _arranged_rows(down, x.shape[0]))
         else:
             gated = self.silu_mul(gate_up(normed))
         return self.add_linear(x, down, gated)
@@ -124,7 +124,7 @@ class CudaBackend:
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, linear: LinearFn
     ) -> torch.Tensor:
         """What only this linear will read: arranged, where that spares it a copy."""
-        return self._rows.rms_norm(x, weight, eps, _arranged_rows(linear, len(x)))
+        return self._rows.rms_norm(x, weight, eps, _arranged_rows(linear, x.shape[0]))
 
     def add_linear(self, residual: torch.Tensor, linear: LinearFn, x: torch.Tensor) -> torch.Tensor:
         if isinstance(linear, CudaLinear):

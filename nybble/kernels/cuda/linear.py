@@ -79,6 +79,7 @@ class CudaLinear:
         self._plan = plan
         self.dense = DenseKernels(packed, self._bias, dtype, dependent=self._dependent)
         self._kernels: dict[Plan, Kernel] = {}
+        self._weights = pointers(packed.words, packed.scales, packed.zeros)
         shared = most_shared(self.gpu) if self.gpu.hopper else 0
         self._arrived = torch.zeros(shared, dtype=torch.int32, device=self.device)
 
@@ -153,12 +154,12 @@ class CudaLinear:
         if isinstance(plan, MmaPlan):
             x = self.dense.plain(x)
             values = self._values(x, x.stride(0), residual, y, plan)
-            self._launch(plan, plan.grid(len(y), self.matrix.tiles), _GemmArguments(*values))
+            self._launch(plan, plan.grid(y.shape[0], self.layout.tiles), _GemmArguments(*values))
             return
-        m, x = self.matrix, self.dense.arrange(x, plan.tokens)
-        shares = shares_of(plan, x.shape[1], m.tiles, m.rows, self.gpu)
+        x = self.dense.arrange(x, plan.tokens)
+        shares = shares_of(plan, x.shape[1], self.layout.tiles, self.layout.rows, self.gpu)
         count = plan.scratch_floats(shares)
-        scratch = torch.empty(count, dtype=torch.float32, device=self.device)
+        scratch = torch.empty(count, dtype=torch.float32, device=self.device) if count else None
         arguments = _HopperArguments(
             *self._values(x, rows_of(x), residual, y, plan),
             *pointers(scratch, self._arrived),
@@ -175,11 +176,12 @@ class CudaLinear:
         plan: Plan,
     ) -> tuple[int | None, ...]:
         """The fields of _GemmArguments."""
-        m, chunk = self.matrix, plan.pieces * PIECE
+        of, chunk = self.layout, plan.pieces * PIECE
         return (
-            *pointers(m.words, m.scales, m.zeros, x, self._bias, residual, y),
-            *(y.shape[-2], x_stride, self.outputs, m.tiles),
-            *(m.rows // chunk, m.groups, inverse(max(1, m.group_size // chunk))),
+            *self._weights,
+            *pointers(x, self._bias, residual, y),
+            *(y.shape[-2], x_stride, self.outputs, of.tiles),
+            *(of.rows // chunk, of.groups, inverse(max(1, of.group_size // chunk))),
         )
 
     def _launch(self, plan: Plan, grid: tuple[int, int], arguments: ctypes.Structure) -> None:

@@ -56,6 +56,7 @@ class RowKernels:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self._kernels: dict[tuple[str, int, int, int], Kernel] = {}
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, arranged_rows: int = 0
@@ -69,7 +70,7 @@ class RowKernels:
         self._check(weight, dim)
         x = _vectors(x) if x.dim() in (2, 3) else x.reshape(-1, dim).contiguous()
         if arranged_rows:
-            y = arranged(len(x), dim, arranged_rows, x)
+            y = arranged(x.shape[0], dim, arranged_rows, x)
         else:
             y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel() == 0:
@@ -156,13 +157,16 @@ class RowKernels:
             )
 
     def _kernel(self, name: str, threads: int, rows: int, rounds: int) -> Kernel:
-        defines = (
-            ("BF16", int(self.dtype == torch.bfloat16)),
-            ("ROUNDS", rounds),
-            ("ROWS", rows),
-            ("THREADS", threads),
-        )
-        return kernel("rows.cu", name, defines, self.device)
+        key = name, threads, rows, rounds
+        if key not in self._kernels:
+            defines = (
+                ("BF16", int(self.dtype == torch.bfloat16)),
+                ("ROUNDS", rounds),
+                ("ROWS", rows),
+                ("THREADS", threads),
+            )
+            self._kernels[key] = kernel("rows.cu", name, defines, self.device)
+        return self._kernels[key]
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
