@@ -18,7 +18,7 @@ from nybble.model.decoder import Decoder, Step
 from nybble.model.rope import Positions
 
 # Kernels share out their work by the longest context a graph may see: one graph a doubling
-# keeps that close. Batches are padded to a power of two.
+# keeps that close. Batches are padded, too: `padded` says to which sizes.
 _SHORTEST = 1024
 
 
@@ -184,7 +184,7 @@ class DecodeGraphs:
             self._capture = self._capture and self._capture.emptied()
             self._positions = positions
         length = max(chunk.end for chunk in chunks)
-        graph = self._graph(positions, bucket(len(chunks), 1), bucket(length, _SHORTEST))
+        graph = self._graph(positions, padded(len(chunks)), bucket(length, _SHORTEST))
         width, device = -(-length // self.store.page_size), self.decoder.backend.device
         rows, idle = len(graph.ids), len(graph.ids) - len(chunks)
 
@@ -218,6 +218,16 @@ def page_table(chunks: Sequence[Chunk], rows: int, width: int, unowned: int) -> 
         pages = chunk.sequence.pages[:width]
         table[row, : len(pages)] = pages
     return torch.from_numpy(table)
+
+
+def padded(sequences: int) -> int:
+    """Rows of the graph for so many: a power of two, or from 48 on halfway between two.
+
+    Products of 48 and of 96 tokens are an eighth faster than those of 64 and 128.
+    """
+    rows = bucket(sequences, 1)
+    halfway = rows * 3 // 4
+    return halfway if halfway >= 48 and sequences <= halfway else rows
 
 
 def bucket(number: int, least: int) -> int:

@@ -7,7 +7,7 @@ import torch
 import toy
 
 from nybble.cache.store import KVStore
-from nybble.engine.decode_graph import Capture, DecodeGraph, DecodeGraphs, bucket
+from nybble.engine.decode_graph import Capture, DecodeGraph, DecodeGraphs, bucket, padded
 from nybble.engine.runner import PositionTable
 from nybble.engine.scheduler import Chunk, TokenSequence
 from nybble.model import read_model_config
@@ -73,10 +73,16 @@ def test_a_graph_feeds_itself(make_engine, tmp_path):
     assert chosen == expected
 
 
-@pytest.mark.parametrize(("number", "found"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
-def test_buckets(number, found):
-    assert bucket(number, 1) == found
-    assert bucket(number, 1024) == 1024
+@pytest.mark.parametrize(
+    ("number", "found"), [(1, 1), (2, 2), (3, 4), (33, 48), (49, 64), (65, 96), (97, 128)]
+)
+def test_batches_are_padded(number, found):
+    assert padded(number) == padded(found) == found
+
+
+@pytest.mark.parametrize(("number", "found"), [(1, 1024), (1024, 1024), (1025, 2048)])
+def test_contexts_are_doubled(number, found):
+    assert bucket(number, 1024) == found
 
 
 def test_a_table_made_for_the_whole_context_stays(data):
