@@ -170,9 +170,9 @@ _WGMMA_128 = HopperPlan(128, buffers=3)
 _WIDEST = HopperPlan(192, depth=2, pieces=2, band=6)
 _HOPPER: _Table = (
     *_MMA[:2],
-    (32, ((1.0, HopperPlan(32, warpgroups=2, buffers=3, min_blocks=2, pieces=8)),)),
-    (48, ((1.0, HopperPlan(48, buffers=3, pieces=8)),)),
-    (64, ((1.0, HopperPlan(64, buffers=3, pieces=8)),)),
+    (32, ((1.0, HopperPlan(32, warpgroups=2, min_blocks=3)),)),
+    (48, ((1.0, HopperPlan(48, depth=2)),)),
+    (64, ((1.0, HopperPlan(64)),)),
     (1024, ((0.84, _WGMMA_96), (1.0, _WGMMA_128), (1.36, _WIDEST))),
     # Power counts here, and the widest tiles unpack weights least often: others must be far better.
     (4096, ((1.0, _WGMMA_128), (1.2, _WIDEST))),
@@ -226,7 +226,7 @@ def fitted(plan: Plan, layout: Layout) -> Plan:
         whole = _in_whole_chunks(plan.pieces, layout) and layout.bits == 4
         return plan if whole else replace(plan, pieces=1)
     codes = plan.depth * plan.pieces // (layout.bits // 4)  # pieces of them on their way
-    fits = (n for n in (8, 4, 2) if n <= min(plan.pieces, codes) and _in_whole_chunks(n, layout))
+    fits = (n for n in (4, 2) if n <= min(plan.pieces, codes) and _in_whole_chunks(n, layout))
     pieces = next(fits, 1)
     return replace(
         plan, pieces=pieces, depth=codes // pieces, buffers=plan.buffers * plan.pieces // pieces
