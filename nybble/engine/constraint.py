@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from nybble.errors import NybbleError
+
 WORD_BITS = 32
 
 
@@ -23,6 +25,32 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> bool:
         """Go on behind `token`; False, and nothing changed, where it may not come."""
+
+
+class Contained:
+    """A constraint whose faults are its own request's: they come out of `accept` as NybbleError."""
+
+    def __init__(self, inner: Constraint) -> None:
+        self._inner = inner
+        self._fault: Exception | None = None
+
+    def fill(self, words: torch.Tensor) -> None:
+        try:
+            self._inner.fill(words)
+        except Exception as error:  # noqa: BLE001  of a library, whatever it raises
+            self._fault = error
+            words.zero_()
+
+    def accept(self, token: int) -> bool:
+        try:
+            if self._fault is not None:
+                raise self._fault
+            return self._inner.accept(token)
+        except Exception as error:
+            raise NybbleError(
+                f"The required form of this answer could not be followed ({error}): simplify the "
+                "schema, or ask without one."
+            ) from error
 
 
 def allowed_tokens(

@@ -13,7 +13,7 @@ import torch
 from nybble.cache.pages import PagePool
 from nybble.cache.sizes import PAGE_SIZE, bytes_per_token, seat_count
 from nybble.engine import replay
-from nybble.engine.constraint import Constraint
+from nybble.engine.constraint import Constraint, Contained
 from nybble.engine.generation import Generation
 from nybble.engine.request import Request, Timing, Token
 from nybble.engine.runner import Runner
@@ -151,13 +151,14 @@ class Engine:
                 f"The prompt has {len(ids)} tokens and the context {self.max_context}: shorten "
                 "the prompt, or raise max_context if the model allows it."
             )
+        contained = None if constraint is None else Contained(constraint)
         limit = len(ids) + (room if params.max_tokens is None else min(params.max_tokens, room))
         scored = params.prompt_logprobs is not None
         return Request(
             prompt_ids=ids,
             params=params,
             sequence=TokenSequence(list(ids), limit, self._alpha(ids), whole=scored),
-            sampling=self._sampler.state(params, ids, constraint),
+            sampling=self._sampler.state(params, ids, contained),
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self.eos_ids),
             timing=Timing(prompt_tokens=len(ids)),

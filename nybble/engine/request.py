@@ -77,6 +77,14 @@ class Request:
         """Whether there is no room for another token."""
         return len(self.sequence.tokens) == self.sequence.limit
 
+    def _check_form(self, token: Token) -> None:
+        constraint = self.sampling.constraint
+        if constraint is not None and not constraint.accept(token.id):
+            raise RequestError(
+                "No token of this model continues the answer in the required form: loosen the "
+                "schema, or ask without one."
+            )
+
     def clock(self, seconds: float) -> None:
         """Count a step that this request took part in."""
         if self.timing.new_tokens == 0:
@@ -87,12 +95,10 @@ class Request:
     def receive(self, token: Token) -> None:
         """Take the next token: it ends the answer or is its next one."""
         self.timing.new_tokens += 1
-        constraint = self.sampling.constraint
-        if constraint is not None and not constraint.accept(token.id):
-            self.error = RequestError(
-                "No token of this model continues the answer in the required form: loosen the "
-                "schema, or ask without one."
-            )
+        try:
+            self._check_form(token)
+        except NybbleError as error:
+            self.error = error
             return
         if token.id in self.stop_ids:
             self.finish_reason = "stop"

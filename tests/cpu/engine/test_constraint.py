@@ -9,7 +9,7 @@ import torch
 
 from nybble.engine.constraint import WORD_BITS, allowed_tokens
 from nybble.engine.loop import AsyncEngine
-from nybble.errors import RequestError
+from nybble.errors import NybbleError, RequestError
 from nybble.sampling import SamplingParams
 
 VOCAB, END = 160, 7
@@ -123,6 +123,41 @@ def test_a_dead_end_ends_its_own_request(engine, temperature):
         list(stuck)
     assert len(stuck.token_ids) == 2
     assert [token % 5 for token in other] == [0, 1, 2, 3, 4, 0]
+    assert engine.load.pages_used == 0
+
+
+class Faulty(Steps):
+    """Raises in one of its methods once so many tokens have come."""
+
+    def __init__(self, method, count):
+        super().__init__()
+        self.method, self.count = method, count
+
+    def check(self, method):
+        if method == self.method and len(self.accepted) == self.count:
+            raise MemoryError("no room for states")
+
+    def fill(self, words):
+        super().fill(words)
+        self.check("fill")
+
+    def accept(self, token):
+        self.check("accept")
+        return super().accept(token)
+
+
+@pytest.mark.parametrize("method", ["fill", "accept"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_fault_ends_its_own_request(engine, method, count):
+    faulty = engine.generate([1, 2], PLAIN, Faulty(method, count))
+    other = engine.generate([1, 2], PLAIN, Steps())
+    faulty.start()
+    other.start()
+    with pytest.raises(NybbleError, match=r"no room for states.*simplify the schema") as caught:
+        list(faulty)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert len(faulty.token_ids) == count
+    assert [token % 5 for token in other] == [0, 1, 2, 3, 4, 0, 1, 2]
     assert engine.load.pages_used == 0
 
 
