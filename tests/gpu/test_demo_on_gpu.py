@@ -35,8 +35,15 @@ QUESTIONS = (
     "What are prime numbers?",
     "Why do leaves fall in autumn?",
 )
-# Two logits that are closer than this may change places; measured: 0.01, 0.17, under 0.6, 0.36.
-TIES = {"float16": 0.05, "int8": 0.3, "int6": 0.6, "int4": 0.8}
+# Of the logits of two tokens where answers part: how far apart they are at most, and in the mean. Over 120
+# questions, with single sequences and batches and with either kernel for them, the largest were
+# 0.023, 0.11, 0.62 and 1.09, the means 0.007, 0.02 to 0.03, 0.1 to 0.12 and 0.19 to 0.21.
+TIES = {
+    "float16": (0.05, 0.02),
+    "int8": (0.3, 0.06),
+    "int6": (0.9, 0.25),
+    "int4": (1.6, 0.4),
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 
 
@@ -53,11 +60,14 @@ def test_answers_agree_until_a_near_tie(kind, exact):
     llm, prompts, answers = exact
     gpu = LLM("demo", device="cuda", kv_dtype=kind)
     found = [one.token_ids for one in gpu.generate(prompts, GREEDY)]
-    differing = 0
+    gaps = []
     for prompt, want, got in zip(prompts, answers, found, strict=True):
         first = next((i for i, pair in enumerate(zip(want, got)) if pair[0] != pair[1]), None)  # noqa: B905
         if first is not None:
-            differing += 1
             logits = llm.logits([*prompt, *want[:first]])[-1]
-            assert logits[want[first]] - logits[got[first]] < TIES[kind]
-    print(f"{kind}: {len(prompts) - differing} of {len(prompts)} answers equal")
+            gaps.append(float(logits[want[first]] - logits[got[first]]))
+    mean = sum(gaps) / max(len(gaps), 1)
+    print(f"{kind}: {len(prompts) - len(gaps)} of {len(prompts)} answers equal, gaps {mean:.3f}")
+    largest, mean_limit = TIES[kind]
+    assert max(gaps, default=0) < largest
+    assert mean < mean_limit

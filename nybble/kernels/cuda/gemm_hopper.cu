@@ -93,13 +93,20 @@ struct TokenCopy {
     __device__ __forceinline__ void start(int chunk, int buffer) const {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                      ::"r"(full(buffer)), "n"(kBufferBytes) : "memory");
+        const u32 to = buffers + buffer * kBufferBytes;
+        if (TOKENS <= 64 && piece_stride == TOKENS * kPiece) {  // all tokens: pieces lie in a row
+            copy<kBufferBytes>(to, from + chunk * PIECES * piece_stride, full(buffer));
+            return;
+        }
 #pragma unroll
         for (int p = 0; p < PIECES; ++p)
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                         "[%0], [%1], %2, [%3];"
-                         ::"r"(buffers + buffer * kBufferBytes + p * kPieceBytes),
-                           "l"(from + (chunk * PIECES + p) * piece_stride), "n"(kPieceBytes),
-                           "r"(full(buffer)) : "memory");
+            copy<kPieceBytes>(to + p * kPieceBytes, from + (chunk * PIECES + p) * piece_stride,
+                              full(buffer));
+    }
+    template <int bytes>
+    static __device__ __forceinline__ void copy(u32 to, const u16* from, u32 barrier) {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "n"(bytes), "r"(barrier) : "memory");
     }
     // A warp has read the buffer. Relaxed: wgmma is known to have read, and a release may wait for the
     // weights on their way, too.

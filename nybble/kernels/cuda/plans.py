@@ -170,9 +170,9 @@ _WGMMA_128 = HopperPlan(128, buffers=3)
 _WIDEST = HopperPlan(192, depth=2, pieces=2, band=6)
 _HOPPER: _Table = (
     *_MMA[:2],
-    (32, ((1.0, HopperPlan(32, warpgroups=2, min_blocks=3)),)),
-    (48, ((1.0, HopperPlan(48, depth=2)),)),
-    (64, ((1.0, HopperPlan(64)),)),
+    (32, ((1.0, HopperPlan(32, warpgroups=2, buffers=3, min_blocks=2, pieces=8)),)),
+    (48, ((1.0, HopperPlan(48, buffers=3, pieces=8)),)),
+    (64, ((1.0, HopperPlan(64, buffers=3, pieces=8)),)),
     (1024, ((0.84, _WGMMA_96), (1.0, _WGMMA_128), (1.36, _WIDEST))),
     # Power counts here, and the widest tiles unpack weights least often: others must be far better.
     (4096, ((1.0, _WGMMA_128), (1.2, _WIDEST))),
@@ -220,13 +220,15 @@ def inverse(divisor: int) -> int:
 def fitted(plan: Plan, layout: Layout) -> Plan:
     """The plan for this matrix: chunks must not straddle groups, nor end beyond the matrix.
 
-    Codes of 8 bits fill twice the registers: half as many chunks of them are kept on their way.
+    Codes of 8 bits fill twice the registers: half as many are kept on their way, but four pieces.
     """
     if isinstance(plan, MmaPlan):
         whole = _in_whole_chunks(plan.pieces, layout) and layout.bits == 4
         return plan if whole else replace(plan, pieces=1)
-    codes = plan.depth * plan.pieces // (layout.bits // 4)  # pieces of them on their way
-    fits = (n for n in (4, 2) if n <= min(plan.pieces, codes) and _in_whole_chunks(n, layout))
+    codes = plan.depth * plan.pieces  # pieces of them on their way
+    if layout.bits == 8:
+        codes = max(codes // 2, min(plan.pieces, 4))
+    fits = (n for n in (8, 4, 2) if n <= min(plan.pieces, codes) and _in_whole_chunks(n, layout))
     pieces = next(fits, 1)
     return replace(
         plan, pieces=pieces, depth=codes // pieces, buffers=plan.buffers * plan.pieces // pieces
