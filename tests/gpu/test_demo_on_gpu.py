@@ -1,4 +1,4 @@
-"""The demo's answers on a GPU beside those of exact fp32 on the CPU, where the demo is at hand."""
+"""The demo's answers on a GPU beside those of the CPU in fp32, where the demo is at hand."""
 
 from __future__ import annotations
 
@@ -35,39 +35,33 @@ QUESTIONS = (
     "What are prime numbers?",
     "Why do leaves fall in autumn?",
 )
-# Of the logits of two tokens where answers part: how far apart they are at most, and in the mean. Over 120
-# questions, with single sequences and batches and with either kernel for them, the largest were
-# 0.023, 0.11, 0.62 and 1.09, the means 0.007, 0.02 to 0.03, 0.1 to 0.12 and 0.19 to 0.21.
+# Where answers part, two logits are nearly equal: their largest and their mean distance. Limits are
+# twice what was measured with 120 questions, one by one and in batches of 20 and 60.
 TIES = {
     "float16": (0.05, 0.02),
     "int8": (0.3, 0.06),
-    "int6": (0.9, 0.25),
-    "int4": (1.6, 0.4),
+    "int6": (1.2, 0.22),
+    "int4": (0.4, 0.07),
 }
-GREEDY = SamplingParams(temperature=0, max_tokens=64)
-
-
-@pytest.fixture(scope="module")
-def exact() -> tuple[LLM, list[list[int]], list[list[int]]]:
-    """The model in fp32 on the CPU, the prompts and its answers."""
-    llm = LLM("demo", device="cpu", dtype="float32")
-    prompts = [llm.chat_ids(question) for question in QUESTIONS]
-    return llm, prompts, [one.token_ids for one in llm.generate(prompts, GREEDY)]
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 @pytest.mark.parametrize("kind", list(TIES))
-def test_answers_agree_until_a_near_tie(kind, exact):
-    llm, prompts, answers = exact
+def test_answers_are_the_cpus_until_a_near_tie(kind):
+    """With the same kind of cache on both sides; what the kinds cost is measured elsewhere."""
+    cpu = LLM("demo", device="cpu", dtype="float32", kv_dtype=kind)
     gpu = LLM("demo", device="cuda", kv_dtype=kind)
-    found = [one.token_ids for one in gpu.generate(prompts, GREEDY)]
+    prompts = [cpu.chat_ids(question) for question in QUESTIONS]
+    wanted, found = ([one.token_ids for one in llm.generate(prompts, GREEDY)] for llm in (cpu, gpu))
     gaps = []
-    for prompt, want, got in zip(prompts, answers, found, strict=True):
-        first = next((i for i, pair in enumerate(zip(want, got)) if pair[0] != pair[1]), None)  # noqa: B905
-        if first is not None:
-            logits = llm.logits([*prompt, *want[:first]])[-1]
+    for prompt, want, got in zip(prompts, wanted, found, strict=True):
+        if want != got:
+            first = next(i for i, pair in enumerate(zip(want, got)) if pair[0] != pair[1])  # noqa: B905
+            logits = cpu.logits([*prompt, *want[:first]])[-1]
             gaps.append(float(logits[want[first]] - logits[got[first]]))
-    mean = sum(gaps) / max(len(gaps), 1)
-    print(f"{kind}: {len(prompts) - len(gaps)} of {len(prompts)} answers equal, gaps {mean:.3f}")
-    largest, mean_limit = TIES[kind]
-    assert max(gaps, default=0) < largest
+    most, mean = max(gaps, default=0), sum(gaps) / max(len(gaps), 1)
+    equal = len(prompts) - len(gaps)
+    print(f"{kind}: {equal} of {len(prompts)} equal; gaps up to {most:.3f}, mean {mean:.3f}")
+    most_limit, mean_limit = TIES[kind]
+    assert most < most_limit
     assert mean < mean_limit
