@@ -14,6 +14,7 @@ ReadLine = Callable[[str], str]
 
 _BLOCK = '"""'
 ASK, ASK_MORE = "> ", ". "
+_LONGEST = 1 << 24  # characters of a line, bytes of a prompt: no context has room for as many
 
 
 def read_message(read_line: ReadLine) -> str:
@@ -43,9 +44,11 @@ def terminal_line(ask: str) -> str:
         return input(ask)
     if sys.stdin.isatty():
         print(ask, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    line = sys.stdin.readline(_LONGEST)
     if not line:
         raise EOFError
+    if len(line) == _LONGEST:
+        raise RequestError(f"A line of stdin is longer than {_LONGEST:,} characters: shorten it.")
     return line.removesuffix("\n")
 
 
@@ -66,7 +69,9 @@ def prompt_text(prompt: str) -> str:
 def _read_stdin() -> str:
     if sys.stdin.isatty():
         console.note("Type the prompt; Ctrl-D at the start of a line ends it.")
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(_LONGEST)
+    if len(data) == _LONGEST:
+        raise RequestError(f"stdin is longer than {_LONGEST:,} bytes: shorten the prompt.")
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -144,6 +144,8 @@ def test_a_folder_without_tokenizer_answers_in_ids() -> None:
         (["chat", "demo", " "], b"", "The message is empty"),
         (["generate", "demo"], b"", "The prompt is empty"),
         (["generate", "demo"], b"abc\xff", "stdin is not UTF-8 at byte 3"),
+        (["generate", "demo"], bytes(1 << 24), "stdin is longer than 16,777,216 bytes"),
+        (["chat", "demo"], bytes(1 << 24), "A line of stdin is longer than 16,777,216 characters"),
         (["chat", "demo", "poison"], b"", "This text is poison"),
     ],
 )
