@@ -14,7 +14,7 @@ ReadLine = Callable[[str], str]
 
 _BLOCK = '"""'
 ASK, ASK_MORE = "> ", ". "
-_LONGEST = 1 << 24  # characters of a line, bytes of a prompt: no context has room for as many
+_LONGEST = 1 << 24  # most characters of a line, bytes of a prompt: no context has room for so many
 
 
 def read_message(read_line: ReadLine) -> str:
@@ -44,12 +44,13 @@ def terminal_line(ask: str) -> str:
         return input(ask)
     if sys.stdin.isatty():
         print(ask, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline(_LONGEST)
+    line = sys.stdin.readline(_LONGEST + 1)
     if not line:
         raise EOFError
-    if len(line) == _LONGEST:
+    line = line.removesuffix("\n")
+    if len(line) > _LONGEST:
         raise RequestError(f"A line of stdin is longer than {_LONGEST:,} characters: shorten it.")
-    return line.removesuffix("\n")
+    return line
 
 
 def enable_line_editing() -> None:
@@ -69,8 +70,8 @@ def prompt_text(prompt: str) -> str:
 def _read_stdin() -> str:
     if sys.stdin.isatty():
         console.note("Type the prompt; Ctrl-D at the start of a line ends it.")
-    data = sys.stdin.buffer.read(_LONGEST)
-    if len(data) == _LONGEST:
+    data = sys.stdin.buffer.read(_LONGEST + 1)
+    if len(data) > _LONGEST:
         raise RequestError(f"stdin is longer than {_LONGEST:,} bytes: shorten the prompt.")
     try:
         return data.decode().removesuffix("\n")
