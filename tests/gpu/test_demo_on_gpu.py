@@ -36,7 +36,7 @@ QUESTIONS = (
     "Why do leaves fall in autumn?",
 )
 # Where answers part, two logits are nearly equal: their largest and their mean distance. Limits are
-# twice what was measured with 120 questions, one by one and in batches of 20 and 60.
+# about twice what was measured with 120 questions, one by one and in batches of 20 and 60.
 TIES = {
     "float16": (0.05, 0.02),
     "int8": (0.3, 0.06),

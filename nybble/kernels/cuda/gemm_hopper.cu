@@ -94,7 +94,7 @@ struct TokenCopy {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                      ::"r"(full(buffer)), "n"(kBufferBytes) : "memory");
         const u32 to = buffers + buffer * kBufferBytes;
-        if (TOKENS <= 64 && piece_stride == TOKENS * kPiece) {  // all tokens: pieces lie in a row
+        if (TOKENS <= 64 && piece_stride == TOKENS * kPiece) {  // one tile has all tokens
             copy<kBufferBytes>(to, from + chunk * PIECES * piece_stride, full(buffer));
             return;
         }

@@ -220,7 +220,8 @@ def inverse(divisor: int) -> int:
 def fitted(plan: Plan, layout: Layout) -> Plan:
     """The plan for this matrix: chunks must not straddle groups, nor end beyond the matrix.
 
-    Codes of 8 bits fill twice the registers: half as many are kept on their way, but four pieces.
+    Codes of 8 bits fill twice the registers: half as many are kept on their way, or as many as one
+    chunk of up to four pieces has.
     """
     if isinstance(plan, MmaPlan):
         whole = _in_whole_chunks(plan.pieces, layout) and layout.bits == 4
